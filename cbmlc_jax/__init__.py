@@ -1,0 +1,1 @@
+"""CbMLC in JAX: multi-label classification when the labels are noisy."""

@@ -1,0 +1,1 @@
+"""Data sets: files to arrays, splits and batches."""

@@ -1,0 +1,1 @@
+"""Neural models as linen modules; arrays of the data arrive as arguments."""
