@@ -1,0 +1,238 @@
+"""The base config: every key, its meaning and its default.
+
+`configs/*.py` change single values of it; the command line changes single values of
+those: `--config.train.num_epochs=3`.  A value of None means "not set"; its type is
+kept by a placeholder.
+"""
+
+from __future__ import annotations
+
+import os
+
+import ml_collections
+from ml_collections.config_dict import FieldReference, placeholder
+
+
+class ConfigError(ValueError):
+    """A setting that the user has to change; the message says how."""
+
+
+def base() -> ml_collections.ConfigDict:
+    """The paper's settings for text (section 5; sizes in README.md)."""
+    c = ml_collections.ConfigDict()
+    c.seed = 0  # parameters, dropout and data order
+    c.preset = ""  # name after the colon of --config=configs/x.py:name
+
+    c.data = ml_collections.ConfigDict()
+    c.data.name = "synthetic"  # synthetic, bibtex, delicious
+    c.data.dir = placeholder(str)  # folder of data; default $CBMLC_DATA_DIR
+    c.data.validation_fraction = 0.1  # floor(fraction * N) rows of train
+    c.data.validation_size = placeholder(int)  # rows; stands over the fraction
+    c.data.stratified = False  # keep rare labels on both sides of the split
+    c.data.split_seed = 0  # of the validation rows
+
+    c.noise = ml_collections.ConfigDict()
+    c.noise.kind = "none"  # none, ncar, nar, single_positive, combined
+    c.noise.rate = placeholder(float)  # default .05 for ncar, .5 for nar
+    c.noise.rates = "fixed"  # of combined: fixed (.1, .5) or uniform (U(0, .1 / .5))
+    c.noise.keep_one = True  # restore one positive where noise left none
+    c.noise.seed = 0  # of the flips
+    c.noise.validation = "noisy"  # noisy or clean validation labels
+
+    c.embeddings = ml_collections.ConfigDict()
+    c.embeddings.source = "auto"  # auto, dataset, file, package, gensim, random
+    c.embeddings.path = placeholder(str)  # GloVe text file, for source=file
+    c.embeddings.name = placeholder(str)  # e.g. glove-wiki-gigaword-300
+    c.embeddings.trainable = True  # False: the paper's "fixed" ablation
+
+    c.model = ml_collections.ConfigDict()
+    c.model.name = "cbmlc"
+    c.model.num_blocks = 2  # T; a block updates every label node twice
+    c.model.width = 300  # d
+    c.model.num_heads = 4  # H, divides d
+    c.model.ffn_width = 600
+    c.model.dropout = 0.2  # also on the attention weights
+    c.model.label_graph = "complete"  # complete, self, cooccurrence, file
+    c.model.label_graph_file = placeholder(str)  # lines of label<TAB>label
+    c.model.readout_tying = False  # readout weights = initial label nodes
+    c.model.intermediate_weight = 0.2  # of the losses after every update but the last
+    c.model.encoder = ml_collections.ConfigDict()
+    c.model.encoder.name = "set"
+    c.model.encoder.layers = 2
+    c.model.encoder.self_attention = True  # False: LaMP's encoder as published
+    c.model.encoder.embedding_std = 1.0  # of the token embeddings at the start
+
+    c.loss = ml_collections.ConfigDict()
+    c.loss.name = "asl"  # asl, bce
+    c.loss.gamma_pos = 1.0
+    c.loss.gamma_neg = 2.0
+    c.loss.margin = 0.05
+    c.loss.reduction = "sum"  # over labels and batch, or their mean
+    c.loss.stop_focal_gradient = False
+    c.loss.cb_weight = 0.01  # lambda
+    c.loss.cb_norm = "squared"  # squared (eq. 9) or frobenius (published code)
+
+    c.optim = ml_collections.ConfigDict()
+    c.optim.learning_rate = 2e-4
+    c.optim.weight_decay = 1e-5
+    c.optim.decoupled = False  # False: L2 into Adam; True: AdamW
+
+    c.train = ml_collections.ConfigDict()
+    c.train.num_epochs = 50
+    c.train.batch_size = 32  # of all devices together
+    c.train.eval_every = 1  # epochs
+    c.train.checkpoint_every = 1  # epochs
+    c.train.keep = 1  # newest checkpoints kept, besides the best
+    c.train.patience = 0  # evaluations without a better one before stopping; 0: never
+    c.train.selection = "corrected_val"  # protocol that chooses the epoch, by miF1
+    c.train.progress = True
+
+    c.eval = ml_collections.ConfigDict()
+    c.eval.batch_size = 64
+    c.eval.per_label_thresholds = False  # also report a threshold for each label
+    return c.lock()
+
+
+# Key -> allowed values.
+CHOICES = {
+    "data.name": ("synthetic", "bibtex", "delicious"),
+    "noise.kind": ("none", "ncar", "nar", "single_positive", "combined"),
+    "noise.rates": ("fixed", "uniform"),
+    "noise.validation": ("noisy", "clean"),
+    "embeddings.source": ("auto", "dataset", "file", "package", "gensim", "random"),
+    "model.name": ("cbmlc",),
+    "model.encoder.name": ("set",),
+    "model.label_graph": ("complete", "self", "cooccurrence", "file"),
+    "loss.name": ("asl", "bce"),
+    "loss.reduction": ("sum", "mean"),
+    "loss.cb_norm": ("squared", "frobenius"),
+    "train.selection": ("corrected_val", "noisy_val", "clean_val", "last"),
+}
+# Key -> (lowest, highest) value, both allowed.
+RANGES = {
+    "data.validation_fraction": (0.0, 0.9),
+    "data.validation_size": (1, None),
+    "noise.rate": (0.0, 1.0),
+    "model.num_blocks": (1, None),
+    "model.width": (1, None),
+    "model.num_heads": (1, None),
+    "model.ffn_width": (1, None),
+    "model.dropout": (0.0, 0.95),
+    "model.intermediate_weight": (0.0, None),
+    "model.encoder.layers": (0, None),
+    "model.encoder.embedding_std": (0.0, None),
+    "loss.gamma_pos": (0.0, None),
+    "loss.gamma_neg": (0.0, None),
+    "loss.margin": (0.0, 0.99),
+    "loss.cb_weight": (0.0, None),
+    "optim.learning_rate": (0.0, None),
+    "optim.weight_decay": (0.0, None),
+    "train.num_epochs": (1, None),
+    "train.batch_size": (1, None),
+    "train.eval_every": (1, None),
+    "train.checkpoint_every": (1, None),
+    "train.keep": (1, None),
+    "train.patience": (0, None),
+    "eval.batch_size": (1, None),
+}
+# Keys that change where or how loudly a run happens, not what comes out of it.
+INCIDENTAL = ("data.dir", "train.progress")
+
+
+def flatten(config: ml_collections.ConfigDict) -> dict[str, object]:
+    """{"noise.kind": "ncar", ...} of every leaf."""
+    flat = {}
+    for key in config:
+        value = config[key]
+        if isinstance(value, ml_collections.ConfigDict):
+            flat |= {f"{key}.{k}": v for k, v in flatten(value).items()}
+        else:
+            flat[key] = value.get() if isinstance(value, FieldReference) else value
+    return flat
+
+
+def delta(config: ml_collections.ConfigDict) -> dict[str, object]:
+    """The keys whose values differ from the base, for a result row."""
+    default = flatten(base())
+    return {
+        k: v
+        for k, v in flatten(config).items()
+        if v != default[k] and k not in INCIDENTAL
+    }
+
+
+def restore(saved: dict[str, object]) -> ml_collections.ConfigDict:
+    """A config from the flat dict of `flatten`.
+
+    Raises:
+        ConfigError: a key that this version does not know.
+    """
+    config = base()
+    known = flatten(config)
+    for key, value in saved.items():
+        if key not in known:
+            raise ConfigError(f"config.json has a key of another version: {key}")
+        if value is not None:
+            config.update_from_flattened_dict({key: value})
+    return config
+
+
+def differences(mine: dict[str, object], theirs: dict[str, object]) -> list[str]:
+    """Keys with different values, those of no consequence left out."""
+    keys = sorted(set(mine) | set(theirs))
+    return [k for k in keys if k not in INCIDENTAL and mine.get(k) != theirs.get(k)]
+
+
+def validate(config: ml_collections.ConfigDict) -> None:
+    """Checks values and their combinations.
+
+    Raises:
+        ConfigError: one sentence that names the key and what it may be.
+    """
+    flat = flatten(config)
+    for key, value in flat.items():
+        if isinstance(value, bool) != isinstance(flatten(base())[key], bool):
+            raise ConfigError(f"config.{key} cannot be {value}")
+    for key, allowed in CHOICES.items():
+        if flat[key] not in allowed:
+            raise ConfigError(
+                f"config.{key}={flat[key]!r} is not one of {', '.join(allowed)}"
+            )
+    for key, (low, high) in RANGES.items():
+        value = flat[key]
+        if value is None:
+            continue
+        if not value >= low or (high is not None and not value <= high):
+            limits = f"at least {low}" if high is None else f"in [{low}, {high}]"
+            raise ConfigError(f"config.{key}={value} must be {limits}")
+    if flat["model.width"] % flat["model.num_heads"]:
+        raise ConfigError(
+            f"config.model.width={flat['model.width']} is not divisible by "
+            f"config.model.num_heads={flat['model.num_heads']}"
+        )
+    if flat["model.label_graph"] == "file" and not flat["model.label_graph_file"]:
+        raise ConfigError(
+            "config.model.label_graph=file needs config.model.label_graph_file"
+        )
+    if flat["embeddings.source"] == "file" and not flat["embeddings.path"]:
+        raise ConfigError("config.embeddings.source=file needs config.embeddings.path")
+
+
+def noise_rate(config: ml_collections.ConfigDict) -> float:
+    """The rate of ncar and nar; 0 for the kinds that have none."""
+    default = {"ncar": 0.05, "nar": 0.5}.get(config.noise.kind)
+    if default is None:
+        return 0.0
+    return default if config.noise.rate is None else config.noise.rate
+
+
+def data_dir(config: ml_collections.ConfigDict) -> str | None:
+    """The data folder: config.data.dir, else $CBMLC_DATA_DIR, else None."""
+    return config.data.dir or os.environ.get("CBMLC_DATA_DIR") or None
+
+
+def run_name(config_path: str, config: ml_collections.ConfigDict) -> str:
+    """`<config>-<noise>-<seed>`, the default name of a working directory."""
+    stem, _, preset = os.path.basename(config_path).partition(":")
+    stem = os.path.splitext(stem)[0] + (f"-{preset}" if preset else "")
+    return f"{stem}-{config.noise.kind}-{config.seed}"

@@ -1,0 +1,161 @@
+"""Inputs -> scores -> four threshold protocols; the same for every model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jaxtyping import Float, PyTree
+
+from cbmlc_jax import metrics, thresholds
+from cbmlc_jax.data import pipeline
+from cbmlc_jax.parallel import Devices
+from cbmlc_jax.thresholds import Rates
+
+Curves = dict[str, np.ndarray]
+
+
+class Scorer:
+    """scores(params, inputs) of a neural model, batched and compiled once per shape.
+
+    Args:
+        model: a linen module whose outputs have `logits` [B, L].
+        devices: where to run.
+        batch_size: of all devices together.
+        widths: bucket widths.
+        graph: bool [L, L] label graph or None.
+    """
+
+    def __init__(self, model, devices: Devices, batch_size, widths, graph):
+        self._devices, self._batch_size, self._widths = devices, batch_size, widths
+        self._graph = graph
+
+        def step(params, batch, graph):
+            outputs = model.apply({"params": params}, batch["tokens"], graph)
+            return jax.nn.sigmoid(outputs.logits)
+
+        self._step: Callable = devices.compile(step)
+
+    def __call__(
+        self, replicated_params: PyTree, inputs: pipeline.Ragged
+    ) -> Float[np.ndarray, "rows labels"]:
+        """float32 [N, L] probabilities, in the order of `inputs`."""
+        plan = pipeline.plan_batches(inputs.lengths, self._batch_size, self._widths)
+        scores = None
+        for rows, batch in zip(
+            plan.rows, pipeline.batches(inputs, None, plan), strict=True
+        ):
+            out = self._step(replicated_params, self._devices.shard(batch), self._graph)
+            values = self._devices.gather(out).astype(np.float32)
+            if scores is None:
+                scores = np.empty((len(inputs), values.shape[1]), np.float32)
+            scores[rows[rows >= 0]] = values[rows >= 0]
+        return np.empty((0, 0), np.float32) if scores is None else scores
+
+
+@dataclasses.dataclass(frozen=True)
+class Validation:
+    """Validation scores with all that the protocols may know of their rows.
+
+    Attributes:
+        scores: [N, L].
+        labels: [N, L] as training sees them; noisy unless noise.validation=clean.
+        clean: [N, L], for the clean_val protocol alone.
+        prior: [L] mean noisy label of the training rows.
+        rates: of the training rows.
+        labels_are_clean: nothing to correct in `labels`.
+    """
+
+    scores: np.ndarray
+    labels: np.ndarray
+    clean: np.ndarray
+    prior: np.ndarray
+    rates: Rates
+    labels_are_clean: bool = False
+
+    def curves(self, protocol: str) -> tuple[Curves, str]:
+        """F1 curves over the grid by a protocol, and the protocol that it fell back to.
+
+        corrected_val falls back to noisy_val where the rates leave no information.
+        """
+        if protocol == "clean_val":
+            return thresholds.f1_curves(self.scores, self.clean), protocol
+        if protocol == "corrected_val" and not self.labels_are_clean:
+            if self.rates.usable:
+                curves = thresholds.corrected_curves(
+                    self.scores, self.labels, self.prior, self.rates
+                )
+                return curves, protocol
+            protocol = "noisy_val"
+        return thresholds.f1_curves(self.scores, self.labels), protocol
+
+    def per_label(self, protocol: str) -> np.ndarray:
+        """A threshold for each label, by a validation protocol."""
+        none = Rates(0.0, 0.0)
+        correct = protocol == "corrected_val" and not self.labels_are_clean
+        rates = self.rates if correct and self.rates.usable else none
+        labels = self.clean if protocol == "clean_val" else self.labels
+        prior = self.prior if rates is self.rates else labels.mean(0)
+        return thresholds.choose_per_label(self.scores, labels, prior, rates)
+
+
+def selection_score(validation: Validation, protocol: str) -> tuple[float, str]:
+    """The best miF1 over the thresholds by `protocol`; what chooses an epoch."""
+    curves, used = validation.curves(protocol)
+    return float(curves["miF1"].max()), used
+
+
+def protocols(
+    validation: Validation,
+    test_scores: Float[np.ndarray, "rows labels"],
+    test_labels: np.ndarray,
+    per_label: bool = False,
+) -> tuple[dict, list[str]]:
+    """Scores on test under every protocol.
+
+    Args:
+        validation: what thresholds are chosen on.
+        test_scores, test_labels: [N, L].
+        per_label: also with a threshold for each label.
+
+    Returns:
+        The parts of a result row, and warnings for the user:
+        {"metrics": {protocol: {F1: value}}, "thresholds": {...}, "ranking": {...}}.
+    """
+    test = thresholds.f1_curves(test_scores, test_labels)
+    chosen, scores, warnings = {}, {}, []
+    for protocol in thresholds.PROTOCOLS:
+        if protocol == "oracle":
+            curves, used = test, protocol
+        else:
+            curves, used = validation.curves(protocol)
+        if used != protocol:
+            warnings.append(
+                f"the noise rates r0={validation.rates.r0:.3f}, r1="
+                f"{validation.rates.r1:.3f} leave no information: {protocol} is {used}"
+            )
+        chosen[protocol] = thresholds.choose(curves)
+        scores[protocol] = {
+            name: metrics.f1_scores(
+                metrics.count(thresholds.apply(test_scores, t), test_labels)
+            )[name]
+            for name, t in chosen[protocol].items()
+        }
+    parts = {
+        "metrics": scores,
+        "thresholds": chosen,
+        "ranking": metrics.ranking(test_scores, test_labels),
+    }
+    if per_label:
+        parts["per_label_metrics"] = {
+            protocol: metrics.f1_scores(
+                metrics.count(
+                    thresholds.apply(test_scores, validation.per_label(protocol)),
+                    test_labels,
+                )
+            )
+            for protocol in thresholds.PROTOCOLS[1:]
+        }
+    return parts, warnings

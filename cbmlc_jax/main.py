@@ -1,0 +1,93 @@
+"""Command line: python -m cbmlc_jax.main --config=configs/bibtex.py [--mode=...]."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from cbmlc_jax import config as config_lib
+from cbmlc_jax import errors
+
+_DEFAULT = os.path.join(
+    os.path.dirname(os.path.dirname(os.path.abspath(__file__))),
+    "configs",
+    "synthetic.py",
+)
+
+
+def define_flags() -> None:
+    """Defines the flags; a config that cannot be read fails here already."""
+    text, number = flags.DEFINE_string, flags.DEFINE_float
+    config_flags.DEFINE_config_file(
+        "config",
+        _DEFAULT,
+        "A file in configs/, with :preset where it has one.",
+        lock_config=True,
+    )
+    text("workdir", None, "The run's folder; default runs/<config>-<noise>-<seed>.")
+    flags.DEFINE_enum("mode", "train", ("train", "eval", "predict"), "What to do.")
+    text("input", None, "predict: ARFF of the same header, or JSON lines.")
+    text("output", None, "predict: JSON lines; default standard output.")
+    flags.DEFINE_enum(
+        "protocol",
+        "auto",
+        ("auto", "oracle", "clean_val", "noisy_val", "corrected_val"),
+        "predict: whose threshold; auto: corrected_val where the rates are known.",
+    )
+    flags.DEFINE_enum(
+        "metric", "miF1", ("ebF1", "miF1", "maF1"), "predict: the threshold's metric."
+    )
+    number("threshold", None, "predict: stands over --protocol.", 0.0, 1.0)
+    flags.DEFINE_integer("top_k", None, "predict: write only the best scores.", 1)
+
+
+def main(argv: list[str]) -> None:
+    """Dispatches on --mode."""
+    if len(argv) > 1:
+        raise config_lib.ConfigError(f"unknown argument {argv[1]!r}")
+    values = flags.FLAGS
+    config = values.config
+    config_lib.validate(config)
+    path = values["config"].config_filename or _DEFAULT
+    workdir = values.workdir or os.path.join("runs", config_lib.run_name(path, config))
+    command = "python -m cbmlc_jax.main " + shlex.join(sys.argv[1:])
+    if values.mode == "predict":
+        from cbmlc_jax import predict
+
+        predict.predict_file(
+            workdir,
+            values.input,
+            values.output,
+            protocol=values.protocol,
+            metric=values.metric,
+            threshold=values.threshold,
+            top_k=values.top_k,
+        )
+        return
+    from cbmlc_jax import train
+
+    if values.mode == "eval":
+        train.evaluate_checkpoint(workdir, config_lib.data_dir(config), command)
+    elif train.train_and_evaluate(config, workdir, command) is None:
+        print(f"{workdir} holds a finished run: see report.txt there")
+
+
+def _parse(argv: list[str]) -> list[str]:
+    with errors.in_flags():
+        return flags.FLAGS(argv)
+
+
+def run() -> None:
+    """Entry point: a user's mistake becomes one sentence, not a traceback."""
+    with errors.explained():
+        with errors.in_flags():
+            define_flags()
+        app.run(main, flags_parser=_parse)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,69 @@
+"""CbMLC: an encoder, the label-graph decoder and the readout (paper section 4)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, UInt32
+
+from cbmlc_jax.models import decoder
+
+
+class Outputs(NamedTuple):
+    """What a neural model returns.
+
+    Attributes:
+        logits: [B, L].
+        intermediate: [2T - 1, B, L], the logits after each update but the last, with
+            no gradient to the readout weights; or None.
+    """
+
+    logits: Float[Array, "batch labels"]
+    intermediate: Float[Array, "updates batch labels"] | None = None
+
+
+class CbMLC(nn.Module):
+    """Composition of encoder and decoder.
+
+    Attributes:
+        encoder: (tokens, rows) -> memory, valid.
+        decoder: a `LabelGraphDecoder`.
+        tied: the readout weights are the initial label nodes instead of their own.
+        intermediate: also return the intermediate predictions.
+    """
+
+    encoder: nn.Module
+    decoder: decoder.LabelGraphDecoder
+    tied: bool = False
+    intermediate: bool = True
+
+    @nn.compact
+    def __call__(
+        self,
+        tokens: Array,
+        graph: Bool[Array, "labels labels"] | None = None,
+        rows: UInt32[Array, " batch"] | None = None,
+    ) -> Outputs:
+        """Scores the labels of a batch.
+
+        Args:
+            tokens: the encoder's input, [B, S] ids.
+            graph: [L, L] label graph, None is complete.
+            rows: [B] row numbers of the global batch for dropout; None for none.
+        """
+        memory, valid = self.encoder(tokens, rows)
+        initial, states = self.decoder(memory, valid, graph, rows)
+        if self.tied:
+            weights = initial
+        else:
+            xavier = nn.initializers.xavier_normal()
+            shape = (self.decoder.num_labels, self.decoder.width)
+            weights = self.param("readout", xavier, shape)
+        intermediate = None
+        if self.intermediate:
+            held = jax.lax.stop_gradient(weights)
+            intermediate = jnp.stack([decoder.readout(v, held) for v in states[:-1]])
+        return Outputs(decoder.readout(states[-1], weights), intermediate)

@@ -1,0 +1,94 @@
+"""The label-graph decoder: label nodes read the input, then each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, UInt32
+
+from cbmlc_jax.models.layers import MessageBlock
+
+
+class LabelGraphDecoder(nn.Module):
+    """T blocks of input-to-label and label-to-label messages (paper section 4.2).
+
+    Attributes:
+        num_labels: L.
+        embedding_width: P, of the label embeddings e_l.
+        width: d; where P != d a bias-free linear map P -> d follows e.
+        num_blocks: T; every block updates each node twice.
+        num_heads, ffn_width, dropout: as `MessageBlock`.
+        embedding_init: (key, [L, P]) -> initial e, the word vectors of the labels.
+    """
+
+    num_labels: int
+    embedding_width: int
+    width: int
+    num_blocks: int
+    num_heads: int
+    ffn_width: int
+    dropout: float = 0.0
+    embedding_init: Callable = nn.initializers.normal(1.0)
+
+    @nn.compact
+    def __call__(
+        self,
+        memory: Float[Array, "batch tokens width"],
+        valid: Bool[Array, "batch tokens"],
+        graph: Bool[Array, "labels labels"] | None = None,
+        rows: UInt32[Array, " batch"] | None = None,
+    ) -> tuple[Float[Array, "labels width"], list[Float[Array, "batch labels width"]]]:
+        """Decodes.
+
+        Args:
+            memory: [B, S, d].
+            valid: [B, S], False at padding.
+            graph: [L, L], True where label i may listen to label j (self loops
+                included); None is the complete graph.
+            rows: see `layers`.
+
+        Returns:
+            The initial nodes v^0 [L, d], and the nodes after each of the 2T updates
+            (attention and FFN), each [B, L, d].
+        """
+        shape = (self.num_labels, self.embedding_width)
+        nodes = self.param("label_embeddings", self.embedding_init, shape)
+        if self.embedding_width != self.width:
+            xavier = nn.initializers.xavier_normal()
+            nodes = nodes @ self.param(
+                "input_map", xavier, (self.embedding_width, self.width)
+            )
+        initial, states = nodes, []
+        input_mask = valid[:, None, None, :]
+        label_mask = None if graph is None else graph[None, None]
+        for i in range(self.num_blocks):
+            block = _DecoderBlock(
+                self.num_heads, self.ffn_width, self.dropout, name=f"block_{i}"
+            )
+            states += block(nodes, memory, input_mask, label_mask, rows)
+            nodes = states[-1]
+        return initial, states
+
+
+class _DecoderBlock(nn.Module):
+    """Input-to-label messages, then label-to-label messages."""
+
+    num_heads: int
+    ffn_width: int
+    dropout: float
+
+    @nn.compact
+    def __call__(self, nodes, memory, input_mask, label_mask, rows):
+        sizes = (self.num_heads, self.ffn_width, self.dropout)
+        told = MessageBlock(*sizes, name="cross")(nodes, memory, input_mask, rows)
+        agreed = MessageBlock(*sizes, name="self")(told, told, label_mask, rows)
+        return [told, agreed]
+
+
+def readout(
+    nodes: Float[Array, "batch labels width"], weights: Float[Array, "labels width"]
+) -> Float[Array, "batch labels"]:
+    """logit_l = W_l . v_l (paper eq. 10); never B x L x L."""
+    return jnp.sum(nodes * weights[None], axis=-1)

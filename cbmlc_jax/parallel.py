@@ -1,0 +1,103 @@
+"""One device by jit, several by pmap: the only file that says pmap.
+
+A step function is written once, for its share of the global batch, and sums over the
+axis `axis` where there is one.  Its arguments are (carried, batch, constants): carried
+is replicated, every array of the batch is cut along its first axis, constants are the
+same everywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+AXIS = "devices"
+
+
+class DeviceError(ValueError):
+    """Devices and batch size that do not go together."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """The devices of a run.
+
+    Attributes:
+        devices: at least one.
+    """
+
+    devices: tuple[jax.Device, ...]
+
+    @classmethod
+    def local(cls, batch_size: int) -> Devices:
+        """All local devices.
+
+        Raises:
+            DeviceError: they do not divide the batch size.
+        """
+        devices = tuple(jax.local_devices())
+        if batch_size % len(devices):
+            raise DeviceError(
+                f"a batch of {batch_size} rows cannot be cut over {len(devices)} "
+                "devices: set config.train.batch_size and config.eval.batch_size to "
+                f"multiples of {len(devices)}"
+            )
+        return cls(devices)
+
+    @property
+    def axis(self) -> str | None:
+        """Name of the axis to sum over, None on one device."""
+        return AXIS if len(self.devices) > 1 else None
+
+    def compile(self, step: Callable, donate: bool = False) -> Callable:
+        """jit or pmap of `step(carried, batch, constants)`."""
+        donated = (0,) if donate else ()
+        if self.axis is None:
+            return jax.jit(step, donate_argnums=donated)
+        return jax.pmap(
+            step,
+            axis_name=self.axis,
+            in_axes=(0, 0, None),
+            donate_argnums=donated,
+            devices=self.devices,
+        )
+
+    def replicate(self, tree: PyTree) -> PyTree:
+        """Copies a tree to every device."""
+        if self.axis is None:
+            return jax.device_put(tree, self.devices[0])
+        stacked = jax.tree.map(
+            lambda x: np.broadcast_to(np.asarray(x), (len(self.devices), *np.shape(x))),
+            tree,
+        )
+        return self._put(stacked)
+
+    def first(self, tree: PyTree) -> PyTree:
+        """One copy of a replicated tree."""
+        return tree if self.axis is None else jax.tree.map(lambda x: x[0], tree)
+
+    def shard(self, batch: dict[str, np.ndarray]) -> PyTree:
+        """Cuts [B, ...] into [devices, B / devices, ...]."""
+        if self.axis is None:
+            return batch
+        n = len(self.devices)
+        return {k: v.reshape(n, len(v) // n, *v.shape[1:]) for k, v in batch.items()}
+
+    def gather(self, array: jax.Array) -> np.ndarray:
+        """[devices, B / devices, ...] back to [B, ...] on the host."""
+        array = np.asarray(array)
+        return array if self.axis is None else array.reshape(-1, *array.shape[2:])
+
+    def _put(self, stacked: PyTree) -> PyTree:
+        mesh = jax.sharding.Mesh(np.array(self.devices), (AXIS,))
+        spec = jax.sharding.PartitionSpec(AXIS)
+        return jax.device_put(stacked, jax.sharding.NamedSharding(mesh, spec))
+
+
+def total(tree: PyTree, axis: str | None) -> PyTree:
+    """Sum over devices inside a step; the identity on one device."""
+    return tree if axis is None else jax.lax.psum(tree, axis)

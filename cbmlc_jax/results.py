@@ -1,0 +1,185 @@
+"""The result row, its report for eyes, and atomic files in a working directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+from importlib import metadata
+
+import numpy as np
+
+from cbmlc_jax import config as config_lib
+from cbmlc_jax import metrics, thresholds
+from cbmlc_jax.task import Task
+
+# Fields of a row that say how it was made, not what was found.
+PROVENANCE = ("seconds", "versions", "command")
+
+
+def write_atomic(path: str, text: str) -> None:
+    """Writes beside `path` and renames: a reader sees the old or the new text."""
+    folder = os.path.dirname(os.path.abspath(path))
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".writing-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def write_jsonl(path: str, rows: list[dict]) -> None:
+    """One JSON object a line, atomically."""
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_jsonl(path: str) -> list[dict]:
+    """The rows of `write_jsonl`; none if there is no such file."""
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf8") as file:
+        return [json.loads(line) for line in file if line.strip()]
+
+
+def versions() -> dict[str, str]:
+    """Versions that a number depends on."""
+    names = ("cbmlc_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
+    found = {}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found | {"python": platform.python_version()}
+
+
+def make_row(
+    config,
+    task: Task,
+    parts: dict,
+    *,
+    selection: dict,
+    epoch: int,
+    params: int,
+    seconds: dict[str, float],
+    command: str,
+    device: str,
+) -> dict:
+    """The result row, the same for every model; see README.md for its fields."""
+    return {
+        "dataset": task.dataset.name,
+        "fingerprint": task.dataset.fingerprint,
+        "model": config.model.name,
+        "preset": config.preset,
+        "config": config_lib.delta(config),
+        "seed": config.seed,
+        "noise": {
+            "kind": config.noise.kind,
+            "rate": config_lib.noise_rate(config),
+            "seed": config.noise.seed,
+            "realised": task.realised["train"].summary(),
+            "realised_validation": task.realised["validation"].summary(),
+        },
+        **parts,
+        "rates": {
+            "source": task.rates.source,
+            "r0": task.rates.r0,
+            "r1": task.rates.r1,
+        },
+        "embeddings": task.embeddings,
+        "selection": selection,
+        "epoch": epoch,
+        "rows": {
+            "train": len(task.train),
+            "validation": len(task.validation),
+            "test": len(task.test),
+        },
+        "params": params,
+        "seconds": seconds,
+        "versions": versions() | {"device": device},
+        "command": command,
+    }
+
+
+def report(
+    row: dict, test_scores: np.ndarray, task: Task, warnings: list[str] = ()
+) -> str:
+    """A result row as text: noise, protocols, ranking, worst and best ten labels."""
+    noise = row["noise"]
+    lines = [
+        f"{row['model']} on {row['dataset']}, seed {row['seed']}"
+        + (f", preset {row['preset']}" if row["preset"] else ""),
+        f"rows: {row['rows']['train']} train, {row['rows']['validation']} validation, "
+        f"{row['rows']['test']} test; {row['params']:,} parameters",
+        f"epoch {row['epoch']}, chosen by {row['selection']['rule']} "
+        f"{row['selection']['metric']} = {row['selection']['score']:.4f}",
+        "",
+        f"noise: {noise['kind']}"
+        + (f", nominal rate {noise['rate']:g}" if noise["rate"] else "")
+        + f", seed {noise['seed']}",
+    ]
+    for name, key in (("train", "realised"), ("validation", "realised_validation")):
+        r = noise[key]
+        lines.append(
+            f"  realised on {name:<10}  P(0->1) {r['p01']:.4f}   P(1->0) "
+            f"{r['p10']:.4f}   entries {r['entries']:.2%}   rows {r['instances']:.1%}"
+        )
+    found = row["embeddings"]["coverage"]
+    lines += [
+        f"word vectors: {row['embeddings']['source']}, {row['embeddings']['dim']}-d; "
+        f"labels found whole {found['whole']}, in part {found['partial']}, "
+        f"not at all {found['none']}",
+        "",
+        f"{'threshold by':<16}"
+        + "".join(f"{n:>8} {'at':>5}" for n in metrics.F1_NAMES),
+    ]
+    for protocol in thresholds.PROTOCOLS:
+        lines.append(
+            f"  {protocol:<14}"
+            + "".join(
+                f"{row['metrics'][protocol][n]:>8.4f} "
+                f"{row['thresholds'][protocol][n]:>5.2f}"
+                for n in metrics.F1_NAMES
+            )
+            + ("   (looks at the test labels)" if protocol == "oracle" else "")
+        )
+    for protocol, values in row.get("per_label_metrics", {}).items():
+        name = f"{protocol}, per label"
+        lines.append(
+            f"  {name}: " + "  ".join(f"{k} {v:.4f}" for k, v in values.items())
+        )
+    lines += [
+        "",
+        "  ".join(f"{k} {v:.4f}" for k, v in row["ranking"].items()),
+        "",
+        *_labels(row, test_scores, task),
+    ]
+    lines += [f"warning: {w}" for w in warnings]
+    return "\n".join(lines) + "\n"
+
+
+def _labels(row: dict, test_scores: np.ndarray, task: Task, shown: int = 10):
+    """The worst and best labels at the honest threshold for maF1."""
+    protocol = row["selection"]["thresholds"]
+    threshold = row["thresholds"][protocol]["maF1"]
+    counts = metrics.count(thresholds.apply(test_scores, threshold), task.test.labels)
+    table = metrics.per_label(counts)
+    order = np.argsort(table["f1"], kind="stable")
+    order = order[table["support"][order] > 0]
+    header = f"{'F1':>7}{'precision':>11}{'recall':>8}{'support':>9}  label"
+    for title, some in (("worst", order[:shown]), ("best", order[::-1][:shown])):
+        yield f"{title} {len(some)} labels on test, threshold {threshold} ({protocol})"
+        yield header
+        for i in some:
+            yield (
+                f"{table['f1'][i]:>7.3f}{table['precision'][i]:>11.3f}"
+                f"{table['recall'][i]:>8.3f}{table['support'][i]:>9d}  "
+                f"{task.dataset.label_names[i]}"
+            )
+        yield ""

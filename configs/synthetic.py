@@ -1,0 +1,20 @@
+"""The embedded data set: 40 labels in a semantic tree, 2,000 documents, no files.
+
+python -m cbmlc_jax.main --config.noise.kind=combined
+"""
+
+from cbmlc_jax import config as config_lib
+
+
+def get_config(preset: str = ""):
+    """The only preset is the default one."""
+    if preset:
+        raise config_lib.ConfigError(f"configs/synthetic.py has no preset {preset!r}")
+    c = config_lib.base()
+    c.data.name = "synthetic"
+    c.model.width = 64
+    c.model.ffn_width = 128
+    c.model.encoder.embedding_std = 0.3
+    c.optim.learning_rate = 2e-3
+    c.train.num_epochs = 15
+    return c
