@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import tempfile
+from collections.abc import Iterable
 from importlib import metadata
 
 import numpy as np
@@ -18,13 +19,14 @@ from cbmlc_jax.task import Task
 PROVENANCE = ("seconds", "versions", "command")
 
 
-def write_atomic(path: str, text: str) -> None:
+def write_atomic(path: str, text: str | Iterable[str]) -> None:
     """Writes beside `path` and renames: a reader sees the old or the new text."""
+    pieces = [text] if isinstance(text, str) else text
     folder = os.path.dirname(os.path.abspath(path))
     handle, temporary = tempfile.mkstemp(dir=folder, prefix=".writing-")
     try:
         with os.fdopen(handle, "w", encoding="utf8") as file:
-            file.write(text)
+            file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
