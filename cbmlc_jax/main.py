@@ -21,6 +21,7 @@ _DEFAULT = os.path.join(
 
 def define_flags() -> None:
     """Defines the flags; a config that cannot be read fails here already."""
+    flags.FLAGS.set_default("verbosity", -1)  # absl's warnings, not Orbax's diary
     text, number = flags.DEFINE_string, flags.DEFINE_float
     config_flags.DEFINE_config_file(
         "config",

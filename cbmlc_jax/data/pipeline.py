@@ -96,14 +96,31 @@ def _stratified(labels: np.ndarray, wanted: int) -> np.ndarray:
     return np.flatnonzero(taken)
 
 
-def bucket_widths(lengths: Int[np.ndarray, " rows"], buckets: int = 4) -> list[int]:
-    """Few widths that fit all rows: quantiles of the lengths, rounded up to 8.
+def bucket_widths(lengths: Int[np.ndarray, " rows"], buckets: int = 6) -> list[int]:
+    """The widths, at most `buckets` multiples of 8, that pad the rows least.
 
-    Each width is one shape to compile; a longer row than any (in a file to predict)
-    gets a multiple of the longest width.
+    Each width is one shape to compile.  Exact, by dynamic programming over the
+    distinct lengths: cost(j) = min_i cost(i) + width_j * #{rows in (width_i, width_j]}.
     """
-    quantiles = np.quantile(lengths, np.arange(1, buckets + 1) / buckets)
-    return sorted({max(8, int(-(-q // 8) * 8)) for q in quantiles})
+    rounded = np.maximum(8, -(-lengths // 8) * 8)
+    widths, counts = np.unique(rounded, return_counts=True)
+    before = np.concatenate([[0], np.cumsum(counts)])
+    # step[i, j]: all rows of distinct widths i..j-1 padded to widths[j-1].
+    step = (before[None, 1:] - before[:-1, None]) * widths[None, :].astype(float)
+    step[np.tril_indices(len(widths), -1)] = np.inf
+    cost, origin = step[0], []
+    for _ in range(min(buckets, len(widths)) - 1):
+        options = np.concatenate([[np.inf], cost[:-1]])[:, None] + step
+        origin.append(options.argmin(0))
+        cost = np.minimum(options.min(0), cost)
+        origin[-1][cost < options.min(0)] = 0
+    chosen, j = [], len(widths)
+    for choice in [*reversed(origin), np.zeros(len(widths), int)]:
+        if j == 0:
+            break
+        chosen.append(int(widths[j - 1]))
+        j = choice[j - 1]
+    return sorted(chosen)
 
 
 @dataclasses.dataclass(frozen=True)

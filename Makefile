@@ -1,0 +1,25 @@
+# make demo   install into .venv, train on the embedded data set with combined noise
+# make test   install into .venv, run every test
+PYTHON ?= python3
+VENV ?= .venv
+RUNS ?= runs
+
+.PHONY: demo test lint
+
+# The stamp is renewed when the requirements or the Python change.
+STAMP = $(VENV)/installed-$(notdir $(PYTHON))
+
+$(STAMP): setup.py requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit("cbmlc_jax needs Python 3.11, 3.12 or 3.13: make PYTHON=python3.12" if not (3, 11) <= sys.version_info[:2] < (3, 14) else 0)'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -e '.[test]'
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(VENV)/bin/python -m cbmlc_jax.main --config.noise.kind=combined --workdir=$(RUNS)/demo-$$(date +%Y%m%d-%H%M%S)
+
+test: $(STAMP)
+	$(VENV)/bin/python -m pytest
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
