@@ -85,6 +85,7 @@ def base() -> ml_collections.ConfigDict:
     c.train.keep = 1  # newest checkpoints kept, besides the best
     c.train.patience = 0  # evaluations without a better one before stopping; 0: never
     c.train.selection = "corrected_val"  # protocol that chooses the epoch, by miF1
+    c.train.num_devices = placeholder(int)  # default: all local devices
     c.train.progress = True
 
     c.eval = ml_collections.ConfigDict()
@@ -133,10 +134,11 @@ RANGES = {
     "train.checkpoint_every": (1, None),
     "train.keep": (1, None),
     "train.patience": (0, None),
+    "train.num_devices": (1, None),
     "eval.batch_size": (1, None),
 }
 # Keys that change where or how loudly a run happens, not what comes out of it.
-INCIDENTAL = ("data.dir", "train.progress")
+INCIDENTAL = ("data.dir", "train.num_devices", "train.progress")
 
 
 def flatten(config: ml_collections.ConfigDict) -> dict[str, object]:

@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from cbmlc_jax import config as config_lib
@@ -21,7 +21,6 @@ _DEFAULT = os.path.join(
 
 def define_flags() -> None:
     """Defines the flags; a config that cannot be read fails here already."""
-    flags.FLAGS.set_default("verbosity", -1)  # absl's warnings, not Orbax's diary
     text, number = flags.DEFINE_string, flags.DEFINE_float
     config_flags.DEFINE_config_file(
         "config",
@@ -51,6 +50,8 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise config_lib.ConfigError(f"unknown argument {argv[1]!r}")
     values = flags.FLAGS
+    if not values["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # without Orbax's diary
     config = values.config
     config_lib.validate(config)
     path = values["config"].config_filename or _DEFAULT

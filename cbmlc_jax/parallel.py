@@ -33,13 +33,17 @@ class Devices:
     devices: tuple[jax.Device, ...]
 
     @classmethod
-    def local(cls, batch_size: int) -> Devices:
-        """All local devices.
+    def local(cls, batch_size: int, limit: int | None = None) -> Devices:
+        """All local devices, or the first `limit` of them.
 
         Raises:
-            DeviceError: they do not divide the batch size.
+            DeviceError: they do not divide the batch size, or are fewer than `limit`.
         """
-        devices = tuple(jax.local_devices())
+        devices = tuple(jax.local_devices()[:limit])
+        if limit and len(devices) < limit:
+            raise DeviceError(
+                f"config.train.num_devices={limit}, but there are {len(devices)}"
+            )
         if batch_size % len(devices):
             raise DeviceError(
                 f"a batch of {batch_size} rows cannot be cut over {len(devices)} "

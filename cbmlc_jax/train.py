@@ -136,8 +136,9 @@ class Run:
 
     def __init__(self, config, workdir: str):
         self.config, self.workdir = config, workdir
-        self.train_devices = Devices.local(config.train.batch_size)
-        eval_devices = Devices.local(config.eval.batch_size)
+        limit = config.train.num_devices
+        self.train_devices = Devices.local(config.train.batch_size, limit)
+        eval_devices = Devices.local(config.eval.batch_size, limit)
         self.task = task_lib.build(config)
         self.model = models.create_model(config.model, self.task.meta)
         self.scorer = evaluate.Scorer(

@@ -1,0 +1,187 @@
+"""TensorFlow Datasets builders of bibtex and delicious; TensorFlow itself is not used.
+
+    builder = Bibtex(file_format="array_record")
+    builder.download_and_prepare()
+    builder.as_data_source("train")[0]  # {"features": int32 [n], "labels": int32 [m]}
+
+`cbmlc_jax.data.mulan.load` is the way in for the rest of the package.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow_datasets as tfds
+from tensorflow_datasets.core import constants
+
+from cbmlc_jax.data import mulan
+from cbmlc_jax.data.dataset import DataError, Dataset, Ragged, Split
+
+
+class _Info(tfds.core.DatasetInfo):
+    """Does not ask TensorFlow Datasets' cloud bucket, which lacks these data sets."""
+
+    def initialize_from_bucket(self) -> None:
+        pass
+
+
+class _Mulan(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Sparse binary rows, official split; names of labels and features as metadata."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "Official train and test split, features and label ids."}
+    DESCRIPTION = ""
+    CITATION = ""
+    # Where the base class looks for checksums and texts; to find out, it would need
+    # importlib_resources, which it does not require.
+    code_path = None
+
+    def __init__(self, *, base_url: str = mulan.BASE_URL, **kwargs):
+        """As the base class; `base_url` is where `<name>/<file>` is downloaded from."""
+        self._base_url = base_url
+        super().__init__(**kwargs)
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        ids = tfds.features.Tensor(shape=(None,), dtype=np.int32)
+        return _Info(
+            builder=self,
+            description=self.DESCRIPTION,
+            features=tfds.features.FeaturesDict({"features": ids, "labels": ids}),
+            homepage="http://mulan.sourceforge.net/datasets-mlc.html",
+            citation=self.CITATION,
+            metadata=tfds.core.MetadataDict(),
+            # The order of the rows is part of a Dataset's fingerprint.
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager):
+        # The download manager has no time-out, no bound on the size, and keeps what it
+        # got when a checksum is wrong.
+        folder = os.fspath(dl_manager.download_dir)
+        mulan.download(self.name, folder, self._base_url)
+        dataset = mulan.load_folder(self.name, folder)
+        self.info.metadata.update(
+            label_names=dataset.label_names,
+            feature_names=dataset.feature_names,
+            label_texts=dataset.label_texts,
+            fingerprint=dataset.fingerprint,
+        )
+        return {
+            "train": self._generate_examples(dataset.train),
+            "test": self._generate_examples(dataset.test),
+        }
+
+    def _generate_examples(self, split: Split):
+        offsets = split.inputs.offsets
+        for row, labels in enumerate(split.labels):
+            features = split.inputs.values[offsets[row] : offsets[row + 1]]
+            yield (
+                row,
+                {
+                    "features": features,
+                    "labels": np.flatnonzero(labels).astype(np.int32),
+                },
+            )
+
+
+class Bibtex(_Mulan):
+    """Bookmarks and publications of BibSonomy and their tags."""
+
+    DESCRIPTION = (
+        "BibTeX entries of BibSonomy: 1,836 binary words and 159 tags; 4,880 training "
+        "and 2,515 test rows."
+    )
+    CITATION = """@inproceedings{katakis2008multilabel,
+  title = {Multilabel Text Classification for Automated Tag Suggestion},
+  author = {Katakis, Ioannis and Tsoumakas, Grigorios and Vlahavas, Ioannis},
+  booktitle = {Proceedings of the ECML/PKDD 2008 Discovery Challenge},
+  year = {2008}
+}"""
+
+
+class Delicious(_Mulan):
+    """Web pages and their tags on del.icio.us."""
+
+    DESCRIPTION = (
+        "Web pages of del.icio.us: 500 binary words and 983 tags; 12,920 training and "
+        "3,185 test rows."
+    )
+    CITATION = """@inproceedings{tsoumakas2008effective,
+  title = {Effective and Efficient Multilabel Classification in Domains with Large
+           Number of Labels},
+  author = {Tsoumakas, Grigorios and Katakis, Ioannis and Vlahavas, Ioannis},
+  booktitle = {Proceedings of the ECML/PKDD 2008 Workshop on Mining Multidimensional
+               Data (MMD'08)},
+  year = {2008}
+}"""
+
+
+BUILDERS = {"bibtex": Bibtex, "delicious": Delicious}
+# The only format that is written and read without TensorFlow.
+_FORMAT = {"file_format": "array_record"}
+
+
+def load(name: str, cache_dir: str | None, base_url: str = mulan.BASE_URL) -> Dataset:
+    """Reads the prepared data set; downloads and prepares it where it is not there.
+
+    Args:
+        name: "bibtex" or "delicious".
+        cache_dir: of TensorFlow Datasets; None for its default.
+        base_url: where `<name>/<file>` is downloaded from.
+
+    Raises:
+        DataError: no download, or a prepared data set that is broken.
+    """
+    cache_dir = os.path.expanduser(cache_dir or constants.DATA_DIR)
+    folder = os.path.join(cache_dir, name, str(_Mulan.VERSION))
+    if not os.path.isdir(folder):
+        _prepare(BUILDERS[name](data_dir=cache_dir, base_url=base_url, **_FORMAT))
+    try:
+        return _read(BUILDERS[name](data_dir=cache_dir, **_FORMAT))
+    # Damaged files surface as exceptions of json, protobuf, array_record and others.
+    except Exception as error:
+        raise DataError(
+            f"the prepared data set in {folder} is broken ({type(error).__name__}: "
+            f"{error}); delete that folder and run again"
+        ) from error
+
+
+def _prepare(builder: _Mulan) -> None:
+    options = tfds.download.DownloadConfig(try_download_gcs=False)
+    try:
+        # What it prints is no output of the program.
+        with contextlib.redirect_stdout(sys.stderr):
+            builder.download_and_prepare(download_config=options)
+    except OSError:
+        # Of two processes at once, the later one cannot rename its folder.
+        if not os.path.isdir(builder.data_dir):
+            raise
+
+
+def _read(builder: _Mulan) -> Dataset:
+    names = builder.info.metadata
+    width = len(names["label_names"])
+    train, test = (_split(builder.as_data_source(s), width) for s in ("train", "test"))
+    dataset = Dataset(
+        builder.name,
+        train,
+        test,
+        label_names=tuple(names["label_names"]),
+        feature_names=tuple(names["feature_names"]),
+        label_texts=tuple(names["label_texts"]),
+    )
+    if dataset.fingerprint != names["fingerprint"]:
+        raise ValueError("its content has changed since it was prepared")
+    return dataset
+
+
+def _split(rows: Sequence[dict[str, np.ndarray]], width: int) -> Split:
+    rows = list(rows)
+    labels = np.zeros((len(rows), width), np.uint8)
+    for target, row in zip(labels, rows, strict=True):
+        target[row["labels"]] = 1
+    return Split(Ragged.from_rows([row["features"] for row in rows]), labels)

@@ -1,0 +1,390 @@
+"""The model against an independent PyTorch one, and against arithmetic by hand."""
+
+from __future__ import annotations
+
+import pathlib
+from types import SimpleNamespace
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cbmlc_jax import config as config_lib
+from cbmlc_jax import losses, models, optim, rngs, train
+from cbmlc_jax.models import layers
+from cbmlc_jax.models.decoder import LabelGraphDecoder
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "cbmlc.npz"
+CASES = ("full", "square", "tied")
+
+
+@pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def golden_case(name: str) -> dict[str, np.ndarray]:
+    with np.load(GOLDEN) as file:
+        prefix = name + "/"
+        return {
+            k.removeprefix(prefix): file[k] for k in file.files if k.startswith(prefix)
+        }
+
+
+def tree(case: dict[str, np.ndarray], kind: str) -> dict:
+    flat = {
+        tuple(k.split("/")[1:]): jnp.asarray(v)
+        for k, v in case.items()
+        if k.startswith(kind + "/")
+    }
+    return flax.traverse_util.unflatten_dict(flat)
+
+
+def model_of(case: dict[str, np.ndarray]):
+    labels, width_in = case["param/decoder/label_embeddings"].shape
+    features, width = case["param/encoder/embedding"].shape
+    settings = SimpleNamespace(
+        name="cbmlc",
+        width=width,
+        num_blocks=int(case["decoder_blocks"]),
+        num_heads=int(case["num_heads"]),
+        ffn_width=case["param/encoder/block_0/ffn/w1"].shape[1],
+        dropout=0.0,
+        readout_tying=bool(case["tied"]),
+        intermediate_weight=float(case["intermediate_weight"]),
+        encoder=SimpleNamespace(
+            name="set",
+            layers=int(case["encoder_blocks"]),
+            self_attention=bool(case["self_attention"]),
+            embedding_std=1.0,
+        ),
+    )
+    vectors = np.zeros((labels, width_in))
+    return models.create_model(settings, models.Meta(features, vectors))
+
+
+def graph_of(case: dict[str, np.ndarray]):
+    return jnp.asarray(case["graph"]) if "graph" in case else None
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forward_pass_is_that_of_the_reference(float64, name):
+    case = golden_case(name)
+    out = model_of(case).apply(
+        {"params": tree(case, "param")}, case["tokens"], graph_of(case)
+    )
+    np.testing.assert_allclose(out.logits, case["logits"], rtol=1e-9, atol=1e-10)
+    np.testing.assert_allclose(
+        out.intermediate, case["intermediate"], rtol=1e-9, atol=1e-10
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_initial_parameters_have_the_reference_names_and_shapes(name):
+    case = golden_case(name)
+    params = train.init_params(model_of(case), 0)
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(
+        jnp.shape, tree(case, "param")
+    )
+
+
+class _Gradients:
+    """An optimizer that hands the gradient back as the update, to look at it."""
+
+    @staticmethod
+    def transformation():
+        import optax
+
+        return optax.GradientTransformation(
+            lambda params: (), lambda grads, state, params=None: (grads, state)
+        )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_training_step_has_the_loss_and_gradient_of_the_reference(float64, name):
+    case = golden_case(name)
+    model, params = model_of(case), tree(case, "param")
+    config = config_lib.base()
+    config.model.intermediate_weight = float(case["intermediate_weight"])
+    config.loss.cb_weight = float(case["lambda"])
+    config.loss.cb_norm = str(case["regulariser"])
+    if "gamma_pos" in case:
+        config.loss.gamma_pos = float(case["gamma_pos"])
+        config.loss.gamma_neg = float(case["gamma_neg"])
+        config.loss.margin = float(case["margin"])
+    else:
+        config.loss.name, config.loss.reduction = "bce", "mean"
+    tx = _Gradients.transformation()
+    step = train.make_train_step(model, config, tx, axis=None)
+    state = train.TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+    batch = {
+        "tokens": case["tokens"],
+        "labels": case["labels"],
+        "mask": case["mask"],
+        "rows": np.arange(len(case["tokens"]), dtype=np.uint32),
+    }
+    constants = {"graph": graph_of(case), "word_vectors": case["word_vectors"]}
+    after, metrics = jax.jit(step)(state, batch, constants)
+    np.testing.assert_allclose(metrics["loss"], case["loss"], rtol=1e-10)
+    gradients = jax.tree.map(lambda a, b: a - b, after.params, params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9),
+        gradients,
+        tree(case, "grad"),
+    )
+
+
+def test_two_labels_by_hand(float64):
+    """L = 2, width 2, one head, one input token, all matrices chosen by hand.
+
+    z = (1, 0); e_1 = (1, 0), e_2 = (0, 1); Q = K = V = O = identity; scale 1/sqrt(2).
+    The FFN is zero, so that its sub-layer is a LayerNorm alone.
+
+    Cross-attention over one token has weight 1: e_l + z = (2, 0) and (1, 1).
+    LN((2, 0)): mean 1, variance 1 -> (1, -1) / sqrt(1 + 1e-5) =: (a, -a).
+    LN((1, 1)): variance 0 -> (0, 0).  The FFN's LN: (a, -a) has variance a^2, so
+    (b, -b) with b = a / sqrt(a^2 + 1e-5); (0, 0) stays.
+    Self-attention, label 1: q.k = (2 b^2, 0) / sqrt(2) -> weights (w, 1 - w) with
+    w = 1 / (1 + exp(-sqrt(2) b^2)); label 2: q = 0 -> weights (1/2, 1/2).
+    Messages: w (b, -b) and (b, -b) / 2.
+    Label 1: LN of (b + w b, -(b + w b)) -> c / sqrt(c^2 + 1e-5), c = b (1 + w), with
+    both signs; label 2: d / sqrt(d^2 + 1e-5), d = b / 2.  The FFN's LN again.
+    """
+    eps = 1e-5
+
+    def ln(x):
+        return x / np.sqrt(x * x + eps)
+
+    b = ln(ln(1.0))
+    w = 1 / (1 + np.exp(-np.sqrt(2) * b * b))
+    node_1, node_2 = ln(ln(b * (1 + w))), ln(ln(b / 2))
+
+    identity = jnp.eye(2, dtype=jnp.float64)
+    attention = {
+        "query": identity[:, None],
+        "key": identity[:, None],
+        "value": identity[:, None],
+        "out": identity[None],
+    }
+    norm = {"scale": jnp.ones(2), "bias": jnp.zeros(2)}
+    ffn = {
+        "w1": jnp.zeros((2, 3)),
+        "b1": jnp.zeros(3),
+        "w2": jnp.zeros((3, 2)),
+        "b2": jnp.zeros(2),
+    }
+    block = {
+        "attention": attention,
+        "attention_norm": norm,
+        "ffn": ffn,
+        "ffn_norm": norm,
+    }
+    decoder = LabelGraphDecoder(2, 2, 2, num_blocks=1, num_heads=1, ffn_width=3)
+    params = {"label_embeddings": identity, "block_0": {"cross": block, "self": block}}
+    memory = jnp.array([[[1.0, 0.0]]], jnp.float64)
+    initial, states = decoder.apply(
+        {"params": params}, memory, jnp.ones((1, 1), bool), None, None
+    )
+    np.testing.assert_allclose(initial, np.eye(2))
+    np.testing.assert_allclose(states[0][0], [[b, -b], [0, 0]], atol=1e-12)
+    np.testing.assert_allclose(
+        states[1][0], [[node_1, -node_1], [node_2, -node_2]], atol=1e-12
+    )
+    # The numbers themselves, so that a slip in the formulae above shows too.
+    assert (round(w, 3), round(node_1, 4), round(node_2, 4)) == (0.804, 1.0, 1.0)
+
+
+def small_model(num_labels: int, vectors: np.ndarray, **changes):
+    config = config_lib.base()
+    config.model.width, config.model.ffn_width = 8, 16
+    config.model.update(changes)
+    return models.create_model(config.model, models.Meta(11, vectors))
+
+
+def permute_labels(params: dict, order: np.ndarray) -> dict:
+    flat = flax.traverse_util.flatten_dict(params)
+    for path in flat:
+        if path[-1] in ("label_embeddings", "readout"):
+            flat[path] = flat[path][order]
+    return flax.traverse_util.unflatten_dict(flat)
+
+
+def test_permuted_labels_permute_the_logits():
+    rng = np.random.default_rng(0)
+    model = small_model(5, rng.normal(size=(5, 6)).astype(np.float32))
+    tokens = rng.integers(1, 12, (3, 4))
+    params = train.init_params(model, 0)
+    graph = rng.random((5, 5)) < 0.5
+    graph |= np.eye(5, dtype=bool)
+    order = np.array([3, 1, 4, 0, 2])
+    before = model.apply({"params": params}, tokens, graph).logits
+    after = model.apply(
+        {"params": permute_labels(params, order)}, tokens, graph[order][:, order]
+    ).logits
+    np.testing.assert_allclose(after, before[:, order], atol=1e-5)
+    assert np.ptp(before) > 0.1
+
+
+def test_set_encoder_ignores_order_and_padding():
+    rng = np.random.default_rng(1)
+    model = small_model(4, rng.normal(size=(4, 8)).astype(np.float32))
+    params = train.init_params(model, 0)
+    tokens = np.array([[3, 7, 2, 9]])
+    logits = model.apply({"params": params}, tokens).logits
+    for same in ([[9, 3, 2, 7]], [[3, 7, 2, 9, 0, 0, 0]]):
+        other = model.apply({"params": params}, np.array(same)).logits
+        np.testing.assert_allclose(other, logits, atol=1e-5)
+    fewer = model.apply({"params": params}, np.array([[3, 7, 2]])).logits
+    assert np.abs(fewer - logits).max() > 1e-2
+
+
+def test_a_row_without_features_is_scored_the_same_at_any_padding():
+    model = small_model(4, np.eye(4, 8, dtype=np.float32))
+    params = train.init_params(model, 0)
+    short = model.apply({"params": params}, np.zeros((1, 3), int)).logits
+    long = model.apply({"params": params}, np.zeros((1, 9), int)).logits
+    assert np.isfinite(short).all()
+    np.testing.assert_allclose(short, long, atol=1e-5)
+
+
+def test_label_nodes_start_at_the_word_vectors():
+    vectors = np.random.default_rng(2).normal(size=(4, 6)).astype(np.float32)
+    params = train.init_params(small_model(4, vectors), 0)
+    np.testing.assert_array_equal(params["decoder"]["label_embeddings"], vectors)
+    assert params["decoder"]["input_map"].shape == (6, 8)
+
+
+def test_initial_distributions():
+    vectors = np.zeros((50, 64), np.float32)
+    config = config_lib.base()
+    config.model.width = 64
+    model = models.create_model(config.model, models.Meta(2000, vectors))
+    params = train.init_params(model, 0)
+    attention = params["decoder"]["block_0"]["cross"]["attention"]
+    for name in ("query", "key", "value"):
+        assert np.std(attention[name]) == pytest.approx((2 / (64 + 16)) ** 0.5, rel=0.1)
+    assert np.std(attention["out"]) == pytest.approx((2 / 128) ** 0.5, rel=0.1)
+    assert np.std(params["encoder"]["embedding"]) == pytest.approx(1, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("changes", "count"),
+    [
+        # embedding 11*8; encoder 2*(4*64 + FFN 8*16+16+16*8+8 + 2 norms 32) = 2*568;
+        # decoder e 5*6, map 6*8, 4 * 568; readout 5*8.
+        ({}, 11 * 8 + 2 * 568 + 5 * 6 + 6 * 8 + 4 * 568 + 5 * 8),
+        ({"readout_tying": True}, 11 * 8 + 2 * 568 + 5 * 6 + 6 * 8 + 4 * 568),
+        ({"num_blocks": 1}, 11 * 8 + 2 * 568 + 5 * 6 + 6 * 8 + 2 * 568 + 5 * 8),
+        # without self-attention an encoder block is FFN and one norm: 568 - 256 - 16.
+        (
+            {"encoder": {"self_attention": False}},
+            11 * 8 + 2 * 296 + 5 * 6 + 6 * 8 + 4 * 568 + 5 * 8,
+        ),
+    ],
+)
+def test_parameter_counts(changes, count):
+    model = small_model(5, np.zeros((5, 6), np.float32), **changes)
+    params = train.init_params(model, 0)
+    assert sum(x.size for x in jax.tree.leaves(params)) == count
+
+
+def test_full_size_parameter_count_on_bibtex():
+    """1,836 features and 159 labels with 300-d vectors, as in the paper."""
+    config = config_lib.base()
+    meta = models.Meta(1836, np.zeros((159, 300), np.float32))
+    model = models.create_model(config.model, meta)
+    shapes = jax.eval_shape(lambda: train.init_params(model, 0))
+    block = 4 * 300 * 300 + (300 * 600 + 600 + 600 * 300 + 300) + 4 * 300
+    expected = 1836 * 300 + 2 * block + 4 * block + 2 * 159 * 300
+    assert sum(x.size for x in jax.tree.leaves(shapes)) == expected == 4_978_800
+
+
+def test_dropout_masks_follow_the_key_and_the_row():
+    key = rngs.stream(0, "dropout", 1)
+    rows = jnp.arange(8, dtype=jnp.uint32)
+    mask = layers.keep_mask(key, rows, (8, 50, 40), 0.3)
+    part = layers.keep_mask(key, rows[4:], (4, 50, 40), 0.3)
+    np.testing.assert_array_equal(mask[4:], part)
+    other = layers.keep_mask(rngs.stream(0, "dropout", 2), rows, (8, 50, 40), 0.3)
+    assert 0.5 < np.mean(mask == other) < 0.66  # .58 where independent
+    assert 0.5 < np.mean(mask[0] == mask[1]) < 0.66
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.2, 0.5, 0.9])
+def test_dropout_rate_and_independence(rate):
+    rows = jnp.arange(64, dtype=jnp.uint32)
+    mask = np.asarray(
+        layers.keep_mask(rngs.stream(1, "dropout"), rows, (64, 4, 32, 32), rate)
+    )
+    n = mask.size
+    sigma = (rate * (1 - rate)) ** 0.5
+    assert abs(mask.mean() - (1 - rate)) < 5 * sigma / n**0.5
+    centred = (mask - (1 - rate)) / sigma
+    for axis in range(4):
+        for lag in (1, 2, 3):
+            if lag >= mask.shape[axis]:
+                continue
+            a = np.take(centred, range(mask.shape[axis] - lag), axis)
+            b = np.take(centred, range(lag, mask.shape[axis]), axis)
+            assert abs((a * b).mean()) < 5 / a.size**0.5
+    # Row sums are binomial: their variance shows correlations of any kind.
+    sums = centred.reshape(64, -1).sum(1) / (n / 64) ** 0.5
+    assert 0.55 < sums.var() < 1.6
+
+
+def test_dropout_keeps_the_mean_and_is_off_without_rows():
+    layer = layers.Dropout(0.4)
+    x = jnp.ones((16, 1000))
+    rows = jnp.arange(16, dtype=jnp.uint32)
+    out = layer.apply({}, x, rows, rngs={"dropout": rngs.stream(0, "d")})
+    assert set(np.unique(np.asarray(out).round(5))) == {0.0, np.float32(1.66667)}
+    assert np.mean(out) == pytest.approx(1, abs=0.03)
+    np.testing.assert_array_equal(layer.apply({}, x, None), x)
+
+
+def test_fixed_label_embeddings_stay():
+    params = {"decoder": {"label_embeddings": jnp.ones((3, 2)), "w": jnp.ones(2)}}
+    tx = optim.make_optimizer(
+        learning_rate=0.1, weight_decay=0.1, frozen=("label_embeddings",)
+    )
+    grads = jax.tree.map(jnp.ones_like, params)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    assert not np.any(updates["decoder"]["label_embeddings"])
+    assert np.all(updates["decoder"]["w"] < -0.09)
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_adam_with_coupled_or_decoupled_decay_by_hand(decoupled):
+    """Two steps of Adam written out; lr .1, decay .5, gradient 1 then -2, w = 2."""
+    tx = optim.make_optimizer(learning_rate=0.1, weight_decay=0.5, decoupled=decoupled)
+    w, state = jnp.float32(2.0), None
+    state = tx.init(w)
+    mine, m, v = 2.0, 0.0, 0.0
+    for t, raw in enumerate((1.0, -2.0), 1):
+        g = raw if decoupled else raw + 0.5 * mine
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        step = (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)) ** 0.5 + 1e-8)
+        mine -= 0.1 * (step + (0.5 * mine if decoupled else 0))
+        updates, state = tx.update(jnp.float32(raw), state, w)
+        w = w + updates
+    assert float(w) == pytest.approx(mine, rel=1e-5)
+
+
+def test_intermediate_losses_leave_the_readout_alone():
+    """Only the final logits move W; with the final loss removed its gradient is 0."""
+    model = small_model(4, np.eye(4, 8, dtype=np.float32))
+    params = train.init_params(model, 0)
+    tokens = np.array([[1, 2, 3]])
+
+    def intermediate_loss(params):
+        out = model.apply({"params": params}, tokens)
+        return jnp.sum(
+            jax.vmap(lambda x: losses.bce(x, jnp.ones_like(x)))(out.intermediate)
+        )
+
+    grads = jax.grad(intermediate_loss)(params)
+    assert not np.any(grads["readout"])
+    assert np.any(grads["decoder"]["label_embeddings"])

@@ -1,0 +1,98 @@
+"""Several devices compute what one does: loss, gradient, dropout and update."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cbmlc_jax import config as config_lib
+from cbmlc_jax import models, parallel, train
+from cbmlc_jax.data import pipeline
+from cbmlc_jax.data.dataset import Ragged
+
+LABELS, FEATURES, BATCH, STEPS = 6, 20, 8, 20
+
+
+@pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def tiny_config(reduction: str):
+    c = config_lib.base()
+    c.model.width, c.model.ffn_width, c.model.num_heads = 8, 16, 2
+    c.model.encoder.layers = 1
+    c.model.dropout = 0.3
+    c.loss.cb_weight, c.loss.reduction = 0.3, reduction
+    c.optim.learning_rate, c.optim.weight_decay = 1e-2, 1e-3
+    c.train.batch_size = BATCH
+    return c
+
+
+def trajectory(num_devices: int, reduction: str):
+    """Losses and final parameters of 20 steps; the last batch is mostly padding."""
+    config = tiny_config(reduction)
+    rng = np.random.default_rng(0)
+    # 21 rows in batches of 8: the last has 5 valid rows, on 4 devices 2, 2, 1, 0.
+    lengths = rng.integers(1, 9, 21)
+    inputs = Ragged.from_rows([rng.permutation(FEATURES)[:n] for n in lengths])
+    labels = (rng.random((21, LABELS)) < 0.4).astype(np.uint8)
+    vectors = rng.normal(size=(LABELS, 5))
+    model = models.create_model(config.model, models.Meta(FEATURES, vectors))
+    params = jax.tree.map(
+        lambda x: jnp.asarray(x, jnp.float64), train.init_params(model, 0)
+    )
+    devices = parallel.Devices(tuple(jax.devices()[:num_devices]))
+    tx = train.make_tx(config)
+    state = train.TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+    state = devices.replicate(state)
+    step = devices.compile(train.make_train_step(model, config, tx, devices.axis))
+    constants = {"graph": None, "word_vectors": vectors + 1.0}
+    losses = []
+    while len(losses) < STEPS:
+        plan = pipeline.plan_batches(inputs.lengths, BATCH, [8])
+        for batch in pipeline.batches(inputs, labels, plan):
+            state, metrics = step(state, devices.shard(batch), constants)
+            losses.append(float(devices.first(metrics)["loss"]))
+    return np.array(losses), jax.device_get(devices.first(state))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_devices_agree_with_one_device(float64, reduction):
+    losses, state = trajectory(1, reduction)
+    assert losses[-1] < 0.9 * losses[0]
+    for num_devices in (2, 4):
+        others, other = trajectory(num_devices, reduction)
+        np.testing.assert_allclose(others, losses, rtol=1e-9)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9),
+            state.params,
+            other.params,
+        )
+        assert int(other.step) == int(state.step)
+
+
+def test_replicas_stay_equal():
+    devices = parallel.Devices(tuple(jax.devices()[:4]))
+    tree = {"a": np.arange(6.0).reshape(2, 3)}
+    replicated = devices.replicate(tree)
+    assert replicated["a"].shape == (4, 2, 3)
+    for i in range(4):
+        np.testing.assert_array_equal(replicated["a"][i], tree["a"])
+
+
+def test_shard_and_gather_are_inverse():
+    devices = parallel.Devices(tuple(jax.devices()[:4]))
+    batch = {"x": np.arange(24).reshape(8, 3)}
+    np.testing.assert_array_equal(devices.gather(devices.shard(batch)["x"]), batch["x"])
+
+
+def test_batch_that_devices_do_not_divide():
+    with pytest.raises(parallel.DeviceError, match="10 rows .* 4 devices"):
+        parallel.Devices.local(10)
+    with pytest.raises(parallel.DeviceError, match="there are 4"):
+        parallel.Devices.local(10, 5)
+    assert len(parallel.Devices.local(10, 2).devices) == 2
