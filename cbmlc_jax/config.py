@@ -30,6 +30,7 @@ def base() -> ml_collections.ConfigDict:
     c.data.validation_size = placeholder(int)  # rows; stands over the fraction
     c.data.stratified = False  # keep rare labels on both sides of the split
     c.data.split_seed = 0  # of the validation rows
+    c.data.length_buckets = 6  # padded lengths, i.e. shapes to compile
 
     c.noise = ml_collections.ConfigDict()
     c.noise.kind = "none"  # none, ncar, nar, single_positive, combined
@@ -113,6 +114,7 @@ CHOICES = {
 RANGES = {
     "data.validation_fraction": (0.0, 0.9),
     "data.validation_size": (1, None),
+    "data.length_buckets": (1, None),
     "noise.rate": (0.0, 1.0),
     "model.num_blocks": (1, None),
     "model.width": (1, None),

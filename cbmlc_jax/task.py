@@ -114,5 +114,5 @@ def build(config) -> Task:
             dataset.label_names,
             config.model.label_graph_file,
         ),
-        widths=pipeline.bucket_widths(train.inputs.lengths),
+        widths=pipeline.bucket_widths(train.inputs.lengths, config.data.length_buckets),
     )

@@ -96,7 +96,7 @@ def _stratified(labels: np.ndarray, wanted: int) -> np.ndarray:
     return np.flatnonzero(taken)
 
 
-def bucket_widths(lengths: Int[np.ndarray, " rows"], buckets: int = 6) -> list[int]:
+def bucket_widths(lengths: Int[np.ndarray, " rows"], buckets: int) -> list[int]:
     """The widths, at most `buckets` multiples of 8, that pad the rows least.
 
     Each width is one shape to compile.  Exact, by dynamic programming over the

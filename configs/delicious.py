@@ -1,0 +1,18 @@
+from cbmlc_jax import config as config_lib
+
+
+def get_config(preset: str = ""):
+    c = config_lib.base()
+    c.data.name = "delicious"
+    c.preset = preset
+    if preset == "fast":
+        c.model.num_blocks = 1
+        c.model.encoder.layers = 1
+        c.model.num_heads = 1
+        c.model.width = 64
+        c.model.ffn_width = 128
+        c.model.encoder.embedding_std = 0.1
+        c.optim.learning_rate = 2e-3
+    elif preset:
+        raise config_lib.ConfigError(f"configs/delicious.py has no preset {preset!r}")
+    return c
