@@ -37,6 +37,11 @@ class Checkpoints:
             raise CheckpointError(f"no checkpoints in {folder}: train there first")
         self._manager = ocp.CheckpointManager(
             self.folder,
+            item_handlers={
+                "params": ocp.StandardCheckpointHandler(),
+                "rest": ocp.StandardCheckpointHandler(),
+                "history": ocp.JsonCheckpointHandler(),
+            },
             options=ocp.CheckpointManagerOptions(
                 create=not read_only,
                 read_only=read_only,

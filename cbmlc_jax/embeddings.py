@@ -9,9 +9,12 @@ so that it is the same in every run and for every label that has it.
 from __future__ import annotations
 
 import dataclasses
+import gzip
+import itertools
 import json
 import os
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -89,7 +92,7 @@ def label_vectors(
             for w, k in zip(words, known, strict=True)
         ]
         matrix[row] = np.mean(vectors, axis=0)
-    if coverage["none"] == len(names) and vocabulary.vectors:
+    if coverage["none"] == len(names) and vocabulary.source != "random":
         examples = ", ".join(repr(n) for n in names[:3])
         raise EmbeddingError(
             f"no label name has a word vector in {vocabulary.source} (labels such as "
@@ -100,7 +103,7 @@ def label_vectors(
 
 def unknown_vector(word: str, vocabulary: Vocabulary) -> Float[np.ndarray, " width"]:
     """A draw from N(mean, std) of the vocabulary that belongs to `word`."""
-    draw = rngs.generator(0, "unknown-word/" + word).standard_normal(vocabulary.width)
+    draw = rngs.generator(0, f"unknown word {word}").standard_normal(vocabulary.width)
     return (vocabulary.mean + vocabulary.std * draw).astype(np.float32)
 
 
@@ -139,11 +142,13 @@ def load(
         if not own:
             raise EmbeddingError(f"the data set carries no word vectors; {_CHOICES}")
         return _vocabulary({w: own[w] for w in wanted if w in own}, own, "dataset")
-    if source == "file" or (source == "auto" and _find(path, data_dir)):
+    if source in ("file", "auto"):
         found = _find(path, data_dir)
-        if found is None:
-            raise EmbeddingError(f"no word vectors at {path!r}: no such file")
-        return _from_file(found, wanted)
+        if found:
+            return _from_file(found, wanted)
+        if path or source == "file":
+            where = f" at {path!r}: no such file" if path else " in the data folder"
+            raise EmbeddingError(f"no word vectors{where}; {_CHOICES}")
     if source == "package" or (source == "auto" and _package_folder()):
         return _from_package(wanted)
     if source in ("gensim", "auto"):
@@ -182,13 +187,31 @@ def _keyed_vectors(path: str):
 
     if os.path.getsize(path) > LARGEST_FILE:
         raise EmbeddingError(f"{path} is larger than {LARGEST_FILE >> 30} GB")
+    problem = f"{path} is no GloVe text file (one `word v1 v2 ...` a line, plain or gz)"
     try:
-        return KeyedVectors.load_word2vec_format(path, binary=False, no_header=True)
-    except (ValueError, EOFError, OSError, UnicodeDecodeError) as error:
-        raise EmbeddingError(
-            f"{path} is no GloVe text file (one `word v1 v2 ...` a line, plain or "
-            f"gz): {error}"
-        ) from error
+        _check_columns(path)
+        table = KeyedVectors.load_word2vec_format(path, binary=False, no_header=True)
+    except (ValueError, TypeError, EOFError, OSError, zlib.error) as error:
+        raise EmbeddingError(f"{problem}: {error}") from error
+    if not np.isfinite(table.vectors).all():
+        raise EmbeddingError(f"{problem}: it has vectors that are not finite")
+    return table
+
+
+def _check_columns(path: str, lines: int = 1000) -> None:
+    """Every line as wide as the first, which gensim does not ask for."""
+    opened = gzip.open if path.endswith(".gz") else open
+    with opened(path, "rt", encoding="utf8", errors="replace") as file:
+        first = None
+        for number, line in enumerate(itertools.islice(file, lines), 1):
+            columns = line.rstrip().count(" ")
+            first = columns if first is None else first
+            if columns != first or not columns:
+                raise ValueError(
+                    f"line {number} has {columns} numbers, the first line {first}"
+                )
+    if first is None:
+        raise ValueError("it is empty")
 
 
 def _from_file(path: str, wanted: set[str]) -> Vocabulary:

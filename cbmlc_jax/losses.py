@@ -62,6 +62,8 @@ def asl(
         Ben-Baruch et al. 2020, Asymmetric loss for multi-label classification;
         section 3 of the CbMLC paper.
     """
+    # gamma * log p must not overflow: its gradient would be inf * 0.
+    logits = jnp.clip(logits, -1e30, 1e30)
     log_p, log_1mp = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
     hold = jax.lax.stop_gradient if stop_focal_gradient else (lambda x: x)
     positive = -hold(jnp.exp(gamma_pos * log_1mp)) * log_p

@@ -15,7 +15,9 @@ import numpy as np
 
 def _words(seed: int, name: str, counters: tuple[int, ...]) -> list[int]:
     """256 bits of sha256 over the stream's identity, as 32-bit words."""
-    identity = "/".join([str(int(seed)), name, *(str(int(c)) for c in counters)])
+    # "/" doubled within the name, so that no name and counters spell another's.
+    parts = [int(seed), name.replace("/", "//"), *(int(c) for c in counters)]
+    identity = "/".join(str(part) for part in parts)
     digest = hashlib.sha256(identity.encode()).digest()
     return list(np.frombuffer(digest, "<u4").astype(int))
 

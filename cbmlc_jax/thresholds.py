@@ -209,7 +209,8 @@ def choose_per_label(
 
         2 (TP_l(t) + a TP(t)) / (pred_l(t) + P_l + a (pred(t) + 1))
 
-    so that a label without positives gets the threshold of the best miF1.
+    so that a rare label stays near the threshold of the best miF1, and a label without
+    positives leaves it only upwards, to predict less.
 
     Args:
         scores, labels, prior, rates: as `corrected_curves`; rates of 0 for labels

@@ -1,13 +1,23 @@
+"""bibtex: 4,880 training and 2,515 test documents, 1,836 words, 159 tags."""
+
 from cbmlc_jax import config as config_lib
 
 
 def get_config(preset: str = ""):
+    """The paper's settings, or `fast`: one block, width 128, minutes on two cores."""
     c = config_lib.base()
     c.data.name = "bibtex"
     c.preset = preset
     if preset == "fast":
-        c.model.width = 64
-        c.model.ffn_width = 128
+        c.model.num_blocks = 1
+        c.model.width = 128
+        c.model.ffn_width = 256
+        c.model.num_heads = 2
+        c.model.dropout = 0.3
+        c.model.encoder.layers = 1
+        c.model.encoder.embedding_std = 0.1
+        c.optim.learning_rate = 2e-3
+        c.train.num_epochs = 8
     elif preset:
         raise config_lib.ConfigError(f"configs/bibtex.py has no preset {preset!r}")
     return c

@@ -356,11 +356,9 @@ def naive_per_label(scores, noisy, prior, r0, r1, a) -> list[float]:
             own = min(max(hits[l], 0), pred[l])
             pooled_hits = sum(hits) / sum(positives)
             pooled_pred = sum(pred) / sum(positives)
-            value = (
-                2
-                * (own + a * pooled_hits)
-                / (pred[l] + positives[l] + a * (pooled_pred + 1))
-            )
+            top = 2 * (own + a * pooled_hits)
+            bottom = pred[l] + positives[l] + a * (pooled_pred + 1)
+            value = top / bottom if bottom else 0.0
             if value > best + 1e-12:
                 best, best_t = value, t
         chosen.append(best_t)
@@ -368,13 +366,29 @@ def naive_per_label(scores, noisy, prior, r0, r1, a) -> list[float]:
 
 
 @pytest.mark.parametrize("a", [0.0, 1.0, 10.0, 100.0])
-@pytest.mark.parametrize("r0, r1", [(0.0, 0.0), (0.05, 0.3)])
+@pytest.mark.parametrize("r0, r1", [(0.0, 0.0), (0.05, 0.3), (0.1, 0.6)])
 def test_per_label_thresholds_equal_the_formula(r0, r1, a):
     scores, noisy, prior = example(24, 5)
     got = thresholds.choose_per_label(
         scores, noisy, prior, Rates(r0, r1), pseudo_positives=a
     )
     assert got.tolist() == naive_per_label(scores, noisy, prior, r0, r1, a)
+
+
+def test_pooled_hits_are_not_clipped_in_a_labels_threshold():
+    """miF1 of the correction is not, and a huge pseudo-count must give its choice."""
+    scores, noisy, prior = example(60, 20)
+    rates = Rates(0.15, 0.6)
+    c = (noisy - 0.15) / 0.25
+    for t in (0.2, 0.5):  # some labels are to be clipped, on either side
+        hits = np.where(scores >= t, c, 0).sum(0)
+        assert (hits < 0).any() and (hits > (scores >= t).sum(0)).any()
+    got = thresholds.choose_per_label(scores, noisy, prior, rates, pseudo_positives=1e9)
+    curves = thresholds.corrected_curves(scores, noisy, prior, rates)
+    assert got.tolist() == [thresholds.choose(curves)["miF1"]] * 20
+    a = 3.0
+    got = thresholds.choose_per_label(scores, noisy, prior, rates, pseudo_positives=a)
+    assert got.tolist() == naive_per_label(scores, noisy, prior, 0.15, 0.6, a)
 
 
 def test_per_label_default_is_ten_pseudo_positives():
@@ -407,11 +421,11 @@ def test_a_huge_pseudo_count_gives_every_label_the_global_threshold(rates):
 
 
 @pytest.mark.parametrize("predicted", [False, True])
-def test_a_label_without_positives_gets_the_global_threshold(predicted):
-    """Whether or not its scores pass some thresholds."""
+def test_a_label_without_positives_leaves_the_global_threshold_only_upwards(predicted):
+    """Its predictions are all wrong: where it has any, a higher threshold is better."""
     scores, labels, _ = example(200, 6)
     labels[:, 1] = 0
     scores[:, 1] = np.linspace(0.0, 0.95, 200) if predicted else 0.0
     got = thresholds.choose_per_label(scores, labels, labels.mean(0), CLEAN)
     best = thresholds.choose(thresholds.f1_curves(scores, labels))["miF1"]
-    assert got[1] == best
+    assert got[1] > best if predicted else got[1] == best

@@ -1,0 +1,74 @@
+"""Small runs for the tests of training, evaluation and prediction."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+from cbmlc_jax import config as config_lib
+
+ROOT = pathlib.Path(__file__).parent.parent
+# One shape to compile, a model of a few thousand parameters, one device.
+TINY = {
+    "data.length_buckets": 1,
+    "noise.kind": "combined",
+    "model.width": 8,
+    "model.ffn_width": 8,
+    "model.num_heads": 2,
+    "model.num_blocks": 1,
+    "model.encoder.layers": 1,
+    "model.encoder.embedding_std": 0.3,
+    "optim.learning_rate": 1e-2,
+    "train.num_devices": 1,
+    "train.batch_size": 64,
+    "train.progress": False,
+}
+
+
+def tiny_config(**changes):
+    """The base config on the embedded data, shrunk; keys as in a flat config."""
+    config = config_lib.base()
+    config.update_from_flattened_dict(TINY)
+    config.update_from_flattened_dict(changes)
+    config_lib.validate(config)
+    return config
+
+
+def flags(**changes) -> list[str]:
+    """The same as command line flags."""
+    return [f"--config.{k}={v}" for k, v in {**TINY, **changes}.items()]
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """This process's, without the virtual devices of the tests."""
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return {**env, "PYTHONPATH": str(ROOT), **changes}
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "cbmlc_jax.main", *arguments]
+
+
+def main(*arguments: str, **options) -> subprocess.CompletedProcess:
+    """Runs the command line in a process of its own."""
+    options.setdefault("env", environment())
+    return subprocess.run(
+        command(*arguments),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+        **options,
+    )
+
+
+def assert_one_sentence(done: subprocess.CompletedProcess, *parts: str) -> None:
+    """A user's mistake: status 1, one line that names the parts, no traceback."""
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    lines = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    for part in parts:
+        assert part in lines[0]

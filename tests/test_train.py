@@ -1,0 +1,347 @@
+"""Training: what it writes, resuming bit for bit, refusing, surviving a full disk."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+import resource
+import shutil
+import signal
+import subprocess
+import time
+
+import jax
+import numpy as np
+import pytest
+import running
+
+from cbmlc_jax import checkpoints, evaluate, results, thresholds, train
+from cbmlc_jax import config as config_lib
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> pathlib.Path:
+    """A run of three epochs on noisy labels; copy it before changing it."""
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    config = running.tiny_config(**{"train.num_epochs": 3})
+    config.eval.per_label_thresholds = True
+    train.train_and_evaluate(config, str(workdir), "test")
+    return workdir
+
+
+@pytest.fixture
+def copy(finished, tmp_path) -> pathlib.Path:
+    return pathlib.Path(shutil.copytree(finished, tmp_path / "copy"))
+
+
+def saved_params(workdir: pathlib.Path, epoch: int) -> list[np.ndarray]:
+    store = checkpoints.Checkpoints(str(workdir / "checkpoints"), read_only=True)
+    config = config_lib.restore(train.saved_config(str(workdir)))
+    run = train.Run(config, str(workdir))
+    params = store.params(epoch, checkpoints.abstract(run.params))
+    store.close()
+    return [np.asarray(x) for x in jax.tree.leaves(params)]
+
+
+def test_everything_that_the_readme_lists_is_written(finished):
+    names = {p.name for p in finished.iterdir()}
+    assert {
+        "config.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "results.jsonl",
+        "report.txt",
+        "inputs.json",
+    } <= names
+    assert any(n.startswith("events.out.tfevents") for n in names)
+    lines = results.read_jsonl(str(finished / "metrics.jsonl"))
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_result_row(finished):
+    [row] = results.read_jsonl(str(finished / "results.jsonl"))
+    assert row["dataset"] == "synthetic" and len(row["fingerprint"]) == 64
+    assert set(row["metrics"]) == set(thresholds.PROTOCOLS) == set(row["thresholds"])
+    for protocol, scores in row["metrics"].items():
+        for name, value in scores.items():
+            assert 0 <= value <= row["metrics"]["oracle"][name] + 1e-12, protocol
+            assert row["thresholds"][protocol][name] in thresholds.GRID
+    assert row["rates"]["source"] == "known"
+    assert row["rates"]["r0"] == row["noise"]["realised"]["p01"] > 0.01
+    assert row["config"]["noise.kind"] == "combined"
+    assert "train.progress" not in row["config"]
+    assert row["selection"]["rule"] == "corrected_val"
+    history = results.read_jsonl(str(finished / "metrics.jsonl"))
+    best = max(history, key=lambda h: h["selection"]["score"])
+    assert row["epoch"] == best["epoch"]
+    assert set(row["per_label_metrics"]) == set(thresholds.PROTOCOLS) - {"oracle"}
+    for key in ("ranking", "embeddings", "seconds", "versions", "command", "params"):
+        assert row[key]
+
+
+def test_report_says_what_the_row_says(finished):
+    text = (finished / "report.txt").read_text()
+    [row] = results.read_jsonl(str(finished / "results.jsonl"))
+    for protocol in thresholds.PROTOCOLS:
+        line = next(x for x in text.splitlines() if x.strip().startswith(protocol))
+        for value in row["metrics"][protocol].values():
+            assert f"{value:.4f}" in line
+    assert f"P(1->0) {row['noise']['realised']['p10']:.4f}" in text
+    assert f"mAP {row['ranking']['mAP']:.4f}" in text
+    assert "worst 10 labels" in text and "best 10 labels" in text
+
+
+def test_a_finished_run_is_left_alone(copy, capsys):
+    before = (copy / "results.jsonl").read_bytes()
+    config = config_lib.restore(train.saved_config(str(copy)))
+    assert train.train_and_evaluate(config, str(copy), "again") is None
+    assert (copy / "results.jsonl").read_bytes() == before
+
+
+def test_a_workdir_of_another_config_is_refused(copy):
+    config = config_lib.restore(train.saved_config(str(copy)))
+    config.loss.gamma_neg, config.seed, config.train.progress = 4.0, 5, True
+    with pytest.raises(train.TrainError) as caught:
+        train.train_and_evaluate(config, str(copy), "")
+    assert "loss.gamma_neg, seed." in str(caught.value)
+    assert "progress" not in str(caught.value)
+
+
+def test_a_folder_with_other_things_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(train.TrainError, match=r"not empty .*thesis\.tex"):
+        train.claim(running.tiny_config(), str(tmp_path))
+
+
+def test_eval_reproduces_the_row_exactly(copy, capsys):
+    row = train.evaluate_checkpoint(str(copy), None, "eval")
+    [before] = results.read_jsonl(str(copy / "results.jsonl"))
+    for key in set(before) - set(results.PROVENANCE):
+        assert row[key] == before[key], key
+    assert "reproduces the row in results.jsonl exactly" in capsys.readouterr().out
+
+
+def test_eval_notices_a_changed_row(copy, capsys):
+    [row] = results.read_jsonl(str(copy / "results.jsonl"))
+    row["metrics"]["oracle"]["miF1"] += 1e-12
+    results.write_jsonl(str(copy / "results.jsonl"), [row])
+    train.evaluate_checkpoint(str(copy), None, "eval")
+    assert "differs from the row in results.jsonl in: metrics" in (
+        capsys.readouterr().out
+    )
+
+
+def wait_for_epochs(workdir: pathlib.Path, epochs: int, process) -> None:
+    deadline = time.monotonic() + 200
+    folder = workdir / "checkpoints"
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        if folder.exists() and any(
+            p.name.isdigit() and int(p.name) >= epochs for p in folder.iterdir()
+        ):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no checkpoint of epoch {epochs}")
+
+
+def test_six_epochs_and_three_kill_three_give_the_same_bits(tmp_path):
+    arguments = running.flags(**{"train.num_epochs": 6, "train.keep": 6})
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    done = running.main(f"--workdir={straight}", *arguments)
+    assert done.returncode == 0, done.stderr
+    process = subprocess.Popen(
+        running.command(f"--workdir={killed}", *arguments),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        cwd=running.ROOT,
+        env=running.environment(),
+    )
+    wait_for_epochs(killed, 3, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (killed / "results.jsonl").exists()
+    epochs_before = {int(p.name) for p in (killed / "checkpoints").glob("[0-9]")}
+    assert max(epochs_before) < 6
+    done = running.main(f"--workdir={killed}", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert f"resuming {killed} after epoch {max(epochs_before)}" in done.stdout
+    for a, b in zip(saved_params(straight, 6), saved_params(killed, 6), strict=True):
+        assert a.tobytes() == b.tobytes()
+    one, two = (
+        results.read_jsonl(str(w / "metrics.jsonl")) for w in (straight, killed)
+    )
+    for a, b in zip(one, two, strict=True):
+        assert (a["loss"], a["selection"]) == (b["loss"], b["selection"])
+    [a], [b] = (
+        results.read_jsonl(str(w / "results.jsonl")) for w in (straight, killed)
+    )
+    assert a["metrics"] == b["metrics"] and a["epoch"] == b["epoch"]
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(copy, tmp_path):
+    """A limit on file sizes stands for the full disk: writing fails half-way."""
+    (copy / "results.jsonl").unlink()
+    store = checkpoints.Checkpoints(str(copy / "checkpoints"))
+    store.keep_only({min(store.epochs)})
+    [epoch] = store.epochs
+    store.close()
+    assert epoch < 3
+    before = saved_params(copy, epoch)
+    arguments = [f"--workdir={copy}", *running.flags(**{"train.num_epochs": 3})]
+    arguments.append("--config.eval.per_label_thresholds=True")
+    arguments = [a for a in arguments if "num_devices" not in a]
+
+    def limit():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
+
+    done = running.main(*arguments, preexec_fn=limit)
+    running.assert_one_sentence(done, "could not save the checkpoint", "are intact")
+    after = saved_params(copy, epoch)
+    assert [a.tobytes() for a in before] == [a.tobytes() for a in after]
+    assert not list((copy / "checkpoints").glob("*tmp*"))
+    done = running.main(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "resuming" in done.stdout
+
+
+def largest_file(folder: pathlib.Path) -> pathlib.Path:
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    return max(files, key=lambda p: p.stat().st_size)
+
+
+def test_a_damaged_checkpoint_is_one_sentence(copy):
+    for folder in (copy / "checkpoints").iterdir():
+        if (folder / "params").exists():
+            file = largest_file(folder / "params")
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(checkpoints.CheckpointError, match="cannot be read"):
+        train.evaluate_checkpoint(str(copy), None, "eval")
+
+
+def test_a_checkpoint_of_another_model_names_the_shapes(copy):
+    path = copy / "config.json"
+    content = json.loads(path.read_text())
+    content["model.ffn_width"] = 16
+    path.write_text(json.dumps(content))
+    with pytest.raises(checkpoints.CheckpointError) as caught:
+        train.evaluate_checkpoint(str(copy), None, "eval")
+    assert "ffn" in str(caught.value)
+    assert "(8,)" in str(caught.value) and "(16,)" in str(caught.value)
+
+
+def test_a_foreign_folder_as_checkpoint(copy):
+    store = copy / "checkpoints"
+    shutil.rmtree(store)
+    (store / "7").mkdir(parents=True)
+    (store / "7" / "weights.bin").write_bytes(b"no checkpoint")
+    with pytest.raises(checkpoints.CheckpointError):
+        train.evaluate_checkpoint(str(copy), None, "eval")
+
+
+def test_no_run_and_no_checkpoint(tmp_path, copy):
+    with pytest.raises(train.TrainError, match="holds no run"):
+        train.evaluate_checkpoint(str(tmp_path), None, "eval")
+    shutil.rmtree(copy / "checkpoints")
+    with pytest.raises(checkpoints.CheckpointError, match="train there first"):
+        train.evaluate_checkpoint(str(copy), None, "eval")
+
+
+def test_a_diverging_run_says_so(tmp_path):
+    config = running.tiny_config(**{"optim.learning_rate": 1e30})
+    with pytest.raises(train.TrainError, match=r"not finite .*learning_rate"):
+        train.train_and_evaluate(config, str(tmp_path / "run"), "test")
+
+
+def line(epoch: int, score: float | None, rule: str = "noisy_val") -> dict:
+    return {"epoch": epoch, "selection": {"rule": rule, "score": score}}
+
+
+def test_the_earlier_of_equal_epochs_is_chosen():
+    history = [line(1, 0.2), line(2, 0.4), line(3, None), line(4, 0.4)]
+    assert train.choose_epoch(history) == 2
+    assert train.choose_epoch([line(1, None), line(2, None)]) == 2
+    assert train.choose_epoch([line(1, None, "last"), line(2, None, "last")]) == 2
+
+
+def test_patience_counts_evaluations_after_the_best():
+    history = [line(1, 0.4), line(2, 0.3), line(3, None), line(4, 0.2)]
+    assert not train.out_of_patience(history, 0)
+    assert train.out_of_patience(history, 2)
+    assert not train.out_of_patience(history, 3)
+    assert not train.out_of_patience([], 1)
+
+
+def test_patience_stops_a_run_and_keeps_the_best(tmp_path):
+    config = running.tiny_config(
+        **{"train.num_epochs": 40, "train.patience": 2, "optim.learning_rate": 0.1}
+    )
+    row = train.train_and_evaluate(config, str(tmp_path / "run"), "test")
+    history = results.read_jsonl(str(tmp_path / "run" / "metrics.jsonl"))
+    assert len(history) == row["epoch"] + 2 < 40
+    kept = {int(p.name) for p in (tmp_path / "run" / "checkpoints").glob("[0-9]*")}
+    assert kept == {row["epoch"], len(history)}
+
+
+def test_fixed_embeddings_stay_at_the_word_vectors(tmp_path):
+    config = running.tiny_config(
+        **{"train.num_epochs": 1, "embeddings.trainable": False}
+    )
+    train.train_and_evaluate(config, str(tmp_path / "run"), "test")
+    run = train.Run(config, "")
+    store = checkpoints.Checkpoints(str(tmp_path / "run" / "checkpoints"), True)
+    params = store.params(1, checkpoints.abstract(run.params))
+    store.close()
+    np.testing.assert_array_equal(
+        params["decoder"]["label_embeddings"], run.task.meta.label_vectors
+    )
+    assert np.any(params["readout"] != run.params["readout"])
+
+
+def test_two_devices_train_as_one(tmp_path):
+    rows = []
+    for n in (1, 2):
+        config = running.tiny_config(
+            **{"train.num_epochs": 1, "train.num_devices": n, "noise.kind": "none"}
+        )
+        workdir = tmp_path / str(n)
+        train.train_and_evaluate(config, str(workdir), "test")
+        rows += results.read_jsonl(str(workdir / "metrics.jsonl"))
+    assert math.isclose(rows[0]["loss"], rows[1]["loss"], rel_tol=1e-4)
+
+
+def test_selection_rules(tmp_path):
+    """clean labels, noise that leaves nothing, and the fall-back with its warning."""
+    rng = np.random.default_rng(0)
+    clean = (rng.random((50, 4)) < 0.4).astype(np.uint8)
+    scores = (clean * 0.3 + rng.random((50, 4)) * 0.7).astype(np.float32)
+    noisy = clean ^ (rng.random((50, 4)) < 0.5).astype(np.uint8)
+    rates = thresholds.Rates(0.5, 0.5)
+    validation = evaluate.Validation(scores, noisy, clean, noisy.mean(0), rates)
+    assert evaluate.selection_score(validation, "corrected_val")[1] == "noisy_val"
+    parts, warnings = evaluate.protocols(validation, scores, clean)
+    assert parts["thresholds"]["corrected_val"] == parts["thresholds"]["noisy_val"]
+    assert len(warnings) == 1 and "leave no information" in warnings[0]
+    seen = evaluate.Validation(
+        scores, clean, clean, clean.mean(0), rates, labels_are_clean=True
+    )
+    score, rule = evaluate.selection_score(seen, "corrected_val")
+    assert rule == "corrected_val"
+    assert score == thresholds.f1_curves(scores, clean)["miF1"].max()
+    assert evaluate.protocols(seen, scores, clean)[1] == []
+
+
+def test_write_atomic_keeps_the_old_file_when_it_fails(tmp_path):
+    path = tmp_path / "x.txt"
+    results.write_atomic(str(path), "old")
+
+    def pieces():
+        yield "half"
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError):
+        results.write_atomic(str(path), pieces())
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["x.txt"]
