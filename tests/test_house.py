@@ -1,0 +1,92 @@
+"""The structure: who imports whom, and that the README's commands are real."""
+
+from __future__ import annotations
+
+import ast
+import pathlib
+import re
+import shlex
+
+import pytest
+import running
+
+PACKAGE = running.ROOT / "cbmlc_jax"
+PURE = {"rngs": set(), "losses": set(), "metrics": set(), "config": set()}
+ALLOWED = PURE | {
+    "noise": {"rngs"},
+    "embeddings": {"rngs"},
+    "thresholds": {"metrics"},
+    "optim": set(),
+    "parallel": set(),
+    "checkpoints": set(),
+    "progress": set(),
+    "errors": {"config"},
+    "data": {"data", "rngs"},
+    "models": {"models"},
+    "task": {"config", "data", "embeddings", "models", "noise", "rngs", "thresholds"},
+    "evaluate": {"data", "metrics", "parallel", "thresholds"},
+    "results": {"config", "metrics", "task", "thresholds"},
+    "main": {"config", "errors", "predict", "train"},
+}
+
+
+def imported(path: pathlib.Path) -> set[str]:
+    """Modules of ours that a file imports, by the first part of their name."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+            if node.module == "cbmlc_jax":
+                names = [f"cbmlc_jax.{a.name}" for a in node.names]
+        else:
+            continue
+        found |= {n.split(".")[1] for n in names if n.startswith("cbmlc_jax.")}
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(ALLOWED))
+def test_imports_follow_the_direction(name):
+    path = PACKAGE / name
+    files = sorted(path.glob("**/*.py")) if path.is_dir() else [PACKAGE / f"{name}.py"]
+    assert files
+    for file in files:
+        assert imported(file) <= ALLOWED[name] | {name}, file
+
+
+def test_only_parallel_says_pmap():
+    users = {p.name for p in PACKAGE.glob("**/*.py") if "jax.pmap" in p.read_text()}
+    assert users == {"parallel.py"}
+
+
+def test_nothing_names_a_machine():
+    for path in running.ROOT.glob("**/*.py"):
+        if ".venv" not in path.parts and path.name != "test_house.py":
+            assert not re.search(r"[\"' ]/(work|root|home)/", path.read_text()), path
+
+
+def readme_commands() -> list[str]:
+    text = (running.ROOT / "README.md").read_text()
+    lines = re.findall(r"^ {4}(.*)$|`((?:python|make)[^`]*)`", text, re.M)
+    return [a or b for a, b in lines if (a or b).startswith(("python -m", "make "))]
+
+
+def test_readme_commands_parse():
+    """Every command of the README names a file, a target and keys that exist."""
+    commands = readme_commands()
+    assert {"make demo", "make test"} <= set(commands) and len(commands) > 6
+    targets = re.findall(r"^(\w+):", (running.ROOT / "Makefile").read_text(), re.M)
+    checked = 0
+    for command in commands:
+        words = shlex.split(command, comments=True)
+        if words[0] == "make":
+            assert words[1] in targets, command
+            continue
+        assert words[:3] == ["python", "-m", "cbmlc_jax.main"], command
+        # A workdir without a run stops after the flags and the config were read.
+        options = [w for w in words[3:] if not w.startswith(("--workdir", "--mode"))]
+        done = running.main(*options, "--mode=eval", "--workdir=no-such-run")
+        running.assert_one_sentence(done, "no-such-run holds no run")
+        checked += 1
+    assert checked >= 4

@@ -1,0 +1,199 @@
+"""The command line: what it accepts, and one sentence for what it does not."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pathlib
+import pty
+import re
+import subprocess
+import sys
+
+import pytest
+import running
+
+from cbmlc_jax import config as config_lib
+from cbmlc_jax import train
+
+CONFIGS = sorted((running.ROOT / "configs").glob("*.py"))
+
+
+def load_config(path: pathlib.Path, preset: str = ""):
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(preset)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--config.trian.num_epochs=3"], ["trian", "train"]),
+        (["--config.train.num_epoch=3"], ["num_epoch", "num_epochs"]),
+        (["--config.train.num_epochs=many"], ["config.train.num_epochs", "many"]),
+        (["--config.train.num_epochs=0"], ["train.num_epochs=0", "at least 1"]),
+        (["--config.model.width=True"], ["config.model.width"]),
+        (["--config.model.width=30"], ["width=30", "num_heads=4"]),
+        (["--config=configs/nope.py"], ["configs/nope.py", "No such file"]),
+        (["--config=configs/synthetic.py:big"], ["no preset 'big'"]),
+        (["--config="], ["empty"]),
+        (["--config.noise.kind=loud"], ["noise.kind='loud'", "single_positive"]),
+        (["--config.noise.rate=1.5"], ["noise.rate=1.5", "[0.0, 1.0]"]),
+        (["--config.noise.rate=nan"], ["noise.rate=nan"]),
+        (["--mode=fly"], ["fly", "train|eval|predict"]),
+        (["--wrkdir=x"], ["--wrkdir", "did you mean --workdir"]),
+        (["train"], ["unknown argument 'train'"]),
+        (["--config.embeddings.source=file"], ["embeddings.path"]),
+        (["--config.model.label_graph=file"], ["label_graph_file"]),
+        (["--mode=predict", "--workdir=nowhere"], ["--input"]),
+        (["--mode=eval", "--workdir=nowhere"], ["nowhere holds no run"]),
+    ],
+)
+def test_mistakes_before_any_work(arguments, parts):
+    running.assert_one_sentence(running.main(*arguments), *parts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"data.name": "bibtex", "data.dir": "nowhere"}, ["nowhere"]),
+        ({"embeddings.source": "file", "embeddings.path": "none.txt"}, ["none.txt"]),
+        ({"data.validation_size": 5000}, ["5000 validation rows of 1400"]),
+        (
+            {"model.label_graph": "file", "model.label_graph_file": "none.tsv"},
+            ["none.tsv"],
+        ),
+    ],
+)
+def test_mistakes_in_data(tmp_path, changes, parts):
+    done = running.main(f"--workdir={tmp_path / 'run'}", *running.flags(**changes))
+    running.assert_one_sentence(done, *parts)
+
+
+def test_a_batch_that_the_devices_do_not_divide(tmp_path):
+    env = running.environment(XLA_FLAGS="--xla_force_host_platform_device_count=3")
+    arguments = [a for a in running.flags() if "num_devices" not in a]
+    done = running.main(f"--workdir={tmp_path / 'run'}", *arguments, env=env)
+    running.assert_one_sentence(done, "64 rows", "3 devices")
+
+
+def test_a_workdir_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = running.main(f"--workdir={tmp_path / 'file' / 'run'}", *running.flags())
+    running.assert_one_sentence(done, "Not a directory")
+
+
+def test_help_lists_the_flags_and_imports_no_jax():
+    code = (
+        "import sys, cbmlc_jax.main; "
+        "print([m for m in ('jax', 'flax', 'gensim') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=running.ROOT,
+        check=True,
+    )
+    assert done.stdout.strip() == "[]"
+    text = running.main("--help").stdout
+    for flag in ("--config", "--workdir", "--mode", "--input", "--top_k"):
+        assert flag in text
+
+
+def test_default_workdir_names_config_noise_and_seed():
+    config = load_config(running.ROOT / "configs" / "bibtex.py", "fast")
+    config.noise.kind, config.seed = "nar", 3
+    assert config_lib.run_name("a/bibtex.py:fast", config) == "bibtex-fast-nar-3"
+    assert config_lib.run_name("configs/bibtex.py", config) == "bibtex-nar-3"
+
+
+def test_noise_rate_defaults():
+    config = config_lib.base()
+    for kind, rate in [("none", 0), ("ncar", 0.05), ("nar", 0.5), ("combined", 0)]:
+        config.noise.kind = kind
+        assert config_lib.noise_rate(config) == rate
+    config.noise.kind, config.noise.rate = "ncar", 0.0
+    assert config_lib.noise_rate(config) == 0
+
+
+def test_config_survives_its_json():
+    config = running.tiny_config(**{"noise.rate": 0.2, "data.validation_size": 9})
+    flat = config_lib.flatten(config)
+    assert config_lib.flatten(config_lib.restore(flat)) == flat
+    with pytest.raises(config_lib.ConfigError, match="another version: old.key"):
+        config_lib.restore({"old.key": 1})
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("preset", ["", "fast"])
+def test_every_config_trains_when_shrunk(path, preset, tmp_path):
+    """With its own loss, encoder and graph, on the embedded data."""
+    if preset and f'"{preset}"' not in path.read_text():
+        pytest.skip(f"{path.name} has no preset {preset}")
+    config = load_config(path, preset)
+    config.update_from_flattened_dict(running.TINY)
+    config.data.name, config.train.num_epochs = "synthetic", 1
+    config.noise.kind = "none"
+    config_lib.validate(config)
+    row = train.train_and_evaluate(config, str(tmp_path / "run"), "test")
+    assert row["preset"] == preset and 0 < row["metrics"]["oracle"]["ebF1"] < 1
+
+
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(tmp_path):
+    arguments = [a for a in running.flags(**{"train.num_epochs": 2})]
+    arguments = [a for a in arguments if "progress" not in a]
+    plain = running.main(f"--workdir={tmp_path / 'plain'}", *arguments)
+    assert re.search(r"^epoch 2/2 loss \d", plain.stdout, re.M), plain.stderr
+    assert "\r" not in plain.stdout + plain.stderr
+    controller, terminal = pty.openpty()
+    process = subprocess.Popen(
+        running.command(f"--workdir={tmp_path / 'bar'}", *arguments),
+        stdout=terminal,
+        stderr=terminal,
+        cwd=running.ROOT,
+        env=running.environment(TERM="xterm", COLUMNS="120"),
+    )
+    os.close(terminal)
+    text = b""
+    while True:
+        try:
+            piece = os.read(controller, 65536)
+        except OSError:  # the other end is closed
+            break
+        if not piece:
+            break
+        text += piece
+    assert process.wait(60) == 0
+    text = text.decode()
+    assert "\r" in text and "examples/s" in text and "loss" in text
+    # tqdm's elapsed<left, the time of arrival.
+    assert re.search(r"\d\d:\d\d<\d\d:\d\d", text)
+
+
+def test_real_bibtex_from_the_command_line(data_dir, tmp_path):
+    """The README's command on the published files, shrunk to an epoch of a tiny model,
+    then eval and predict on the official test file."""
+    shrunk = running.flags(
+        **{"noise.kind": "ncar", "train.num_epochs": 1, "train.batch_size": 256}
+    )
+    workdir = f"--workdir={tmp_path / 'run'}"
+    env = running.environment(CBMLC_DATA_DIR=str(data_dir))
+    done = running.main("--config=configs/bibtex.py", workdir, *shrunk, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "rows: 4392 train, 488 validation, 2515 test" in done.stdout
+    done = running.main("--mode=eval", workdir, env=env)
+    assert "reproduces the row in results.jsonl exactly" in done.stdout, done.stderr
+    source = data_dir / "mulan" / "bibtex" / "bibtex-test.arff"
+    target = tmp_path / "out.jsonl"
+    done = running.main(
+        "--mode=predict",
+        workdir,
+        f"--input={source}",
+        f"--output={target}",
+        "--top_k=5",
+        env=env,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(target.read_text().splitlines()) == 2515
