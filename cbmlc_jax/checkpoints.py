@@ -11,12 +11,15 @@ earlier checkpoints as they were.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
+
+_SPARE = 8 << 20  # bytes beside the arrays: metadata, and the small files of a run
 
 
 class CheckpointError(ValueError):
@@ -61,6 +64,15 @@ class Checkpoints:
         Raises:
             CheckpointError: it could not be written, e.g. the disk is full.
         """
+        needed = sum(np.size(x) * x.dtype.itemsize for x in jax.tree.leaves(params))
+        needed += sum(np.size(x) * x.dtype.itemsize for x in jax.tree.leaves(rest))
+        free = shutil.disk_usage(self.folder).free
+        if free < needed + _SPARE:
+            raise CheckpointError(
+                f"the checkpoint of epoch {epoch} needs {needed >> 20} MB and there "
+                f"are {free >> 20} MB on the disk of {self.folder}; the earlier ones "
+                "are intact: make room and start the same command again to resume"
+            )
         try:
             self._manager.save(
                 epoch,
@@ -164,7 +176,8 @@ def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error's cause, short enough for one sentence."""
+    """An error's first line, shortened; tensorstore names the cause at its end."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
+    text = re.sub(r"\s*\[\w+='.*$", "", text)  # tensorstore's appended details
+    return text if len(text) <= 160 else f"{text[:50]} ... {text[-100:]}"

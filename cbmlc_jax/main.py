@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
         raise config_lib.ConfigError(f"unknown argument {argv[1]!r}")
     values = flags.FLAGS
     if not values["verbosity"].present:
-        logging.set_verbosity(logging.ERROR)  # without Orbax's diary
+        logging.set_verbosity(logging.FATAL)  # Orbax logs what it raises, too
     config = values.config
     config_lib.validate(config)
     path = values["config"].config_filename or _DEFAULT

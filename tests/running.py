@@ -51,16 +51,23 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "cbmlc_jax.main", *arguments]
 
 
-def main(*arguments: str, **options) -> subprocess.CompletedProcess:
-    """Runs the command line in a process of its own."""
-    options.setdefault("env", environment())
+def main(
+    *arguments: str, env: dict | None = None, largest_file_kb: int | None = None
+) -> subprocess.CompletedProcess:
+    """Runs the command line in a process of its own.
+
+    `largest_file_kb` makes longer writes fail half-way, as a full disk does.
+    """
+    words = command(*arguments)
+    if largest_file_kb:
+        words = ["bash", "-c", f'ulimit -f {largest_file_kb}; exec "$@"', "-", *words]
     return subprocess.run(
-        command(*arguments),
+        words,
         capture_output=True,
         text=True,
         timeout=300,
         cwd=ROOT,
-        **options,
+        env=env or environment(),
     )
 
 
