@@ -12,7 +12,6 @@ import jax
 import numpy as np
 
 from cbmlc_jax import checkpoints, evaluate, models, results, thresholds, train
-from cbmlc_jax import config as config_lib
 from cbmlc_jax.data import arff
 from cbmlc_jax.data.dataset import DataError, Ragged
 from cbmlc_jax.parallel import Devices
@@ -32,7 +31,7 @@ class Predictor:
     """
 
     def __init__(self, workdir: str):
-        config = config_lib.restore(train.saved_config(workdir))
+        config = train.trained_config(workdir)
         path = os.path.join(workdir, "inputs.json")
         try:
             with open(path, encoding="utf8") as file:
@@ -52,7 +51,7 @@ class Predictor:
         like = jax.eval_shape(lambda: train.init_params(model, 0))
         params = store.params(best, checkpoints.abstract(like))
         store.close()
-        devices = Devices.local(config.eval.batch_size)
+        devices = Devices.local(config.eval.batch_size, config.train.num_devices)
         self._params = devices.replicate(params)
         self._scorer = evaluate.Scorer(
             model,

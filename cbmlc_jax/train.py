@@ -301,6 +301,18 @@ def saved_config(workdir: str) -> dict:
         raise TrainError(f"{path} is damaged: {error}") from error
 
 
+def trained_config(workdir: str):
+    """The config of a workdir, to evaluate or predict here.
+
+    Raises:
+        TrainError, ConfigError: there is none, or it is of another version.
+    """
+    config = config_lib.restore(saved_config(workdir))
+    if (config.train.num_devices or 1) > len(jax.local_devices()):
+        config.train.num_devices = None  # trained on a larger machine
+    return config
+
+
 def write_inputs(run: Run) -> None:
     """Writes inputs.json: what predict needs of the data, which may be gone then."""
     task = run.task
@@ -457,7 +469,7 @@ def evaluate_checkpoint(workdir: str, data_dir: str | None, command: str) -> dic
     Raises:
         TrainError, CheckpointError, DataError: see there.
     """
-    config = config_lib.restore(saved_config(workdir))
+    config = trained_config(workdir)
     if data_dir:
         config.data.dir = data_dir
     store = checkpoints.Checkpoints(os.path.join(workdir, "checkpoints"), True)

@@ -203,10 +203,10 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(copy, tmp_path):
     assert "File too large" in error
     after = saved_params(copy, epoch)
     assert [a.tobytes() for a in before] == [a.tobytes() for a in after]
-    assert not list((copy / "checkpoints").glob("*tmp*"))
     done = running.main(*arguments)
     assert done.returncode == 0, done.stderr
-    assert "resuming" in done.stdout
+    assert f"resuming {copy} after epoch {epoch}" in done.stdout
+    assert not list((copy / "checkpoints").glob("*tmp*"))
 
 
 def test_too_little_room_is_seen_before_anything_is_written(tmp_path, monkeypatch):
