@@ -9,6 +9,7 @@ import pty
 import re
 import subprocess
 import sys
+import termios
 
 import pytest
 import running
@@ -148,12 +149,13 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(tmp_path):
     assert re.search(r"^epoch 2/2 loss \d", plain.stdout, re.M), plain.stderr
     assert "\r" not in plain.stdout + plain.stderr
     controller, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 120))
     process = subprocess.Popen(
         running.command(f"--workdir={tmp_path / 'bar'}", *arguments),
         stdout=terminal,
         stderr=terminal,
         cwd=running.ROOT,
-        env=running.environment(TERM="xterm", COLUMNS="120"),
+        env=running.environment(TERM="xterm"),
     )
     os.close(terminal)
     text = b""
