@@ -17,7 +17,12 @@ import running
 from cbmlc_jax import config as config_lib
 from cbmlc_jax import train
 
-CONFIGS = sorted((running.ROOT / "configs").glob("*.py"))
+CONFIGS = [
+    (path, preset)
+    for path in sorted((running.ROOT / "configs").glob("*.py"))
+    for preset in ("", "fast")
+    if not preset or f'"{preset}"' in path.read_text()
+]
 
 
 def load_config(path: pathlib.Path, preset: str = ""):
@@ -127,12 +132,11 @@ def test_config_survives_its_json():
         config_lib.restore({"old.key": 1})
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-@pytest.mark.parametrize("preset", ["", "fast"])
+@pytest.mark.parametrize(
+    ("path", "preset"), CONFIGS, ids=lambda x: getattr(x, "stem", x or "paper")
+)
 def test_every_config_trains_when_shrunk(path, preset, tmp_path):
     """With its own loss, encoder and graph, on the embedded data."""
-    if preset and f'"{preset}"' not in path.read_text():
-        pytest.skip(f"{path.name} has no preset {preset}")
     config = load_config(path, preset)
     config.update_from_flattened_dict(running.TINY)
     config.data.name, config.train.num_epochs = "synthetic", 1

@@ -10,7 +10,7 @@ import pytest
 from cbmlc_jax.data import synthetic
 from cbmlc_jax.data.dataset import DataError
 
-FINGERPRINT = "f1f3c0831a764f6dc0bb0c381f041e415edaf36c6c2537472aefba875e58c350"
+FINGERPRINT = "c567c40918ee9de38a3e61097f578ae60e00c12822c5596a1b5a2229a5fbe57a"
 
 
 @pytest.fixture(scope="module")
