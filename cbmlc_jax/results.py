@@ -113,14 +113,19 @@ def report(
     row: dict, test_scores: np.ndarray, task: Task, warnings: list[str] = ()
 ) -> str:
     """A result row as text: noise, protocols, ranking, worst and best ten labels."""
-    noise = row["noise"]
+    noise, selection = row["noise"], row["selection"]
     lines = [
         f"{row['model']} on {row['dataset']}, seed {row['seed']}"
         + (f", preset {row['preset']}" if row["preset"] else ""),
         f"rows: {row['rows']['train']} train, {row['rows']['validation']} validation, "
         f"{row['rows']['test']} test; {row['params']:,} parameters",
-        f"epoch {row['epoch']}, chosen by {row['selection']['rule']} "
-        f"{row['selection']['metric']} = {row['selection']['score']:.4f}",
+        f"epoch {row['epoch']}, "
+        + (
+            f"chosen by {selection['rule']} {selection['metric']} = "
+            f"{selection['score']:.4f}"
+            if selection["score"] is not None
+            else "the last one"
+        ),
         "",
         f"noise: {noise['kind']}"
         + (f", nominal rate {noise['rate']:g}" if noise["rate"] else "")

@@ -300,6 +300,15 @@ def test_patience_stops_a_run_and_keeps_the_best(tmp_path):
     assert kept == {row["epoch"], len(history)}
 
 
+def test_the_last_epoch_can_be_the_rule(tmp_path):
+    config = running.tiny_config(
+        **{"train.num_epochs": 2, "train.selection": "last", "train.eval_every": 2}
+    )
+    row = train.train_and_evaluate(config, str(tmp_path / "run"), "test")
+    assert row["epoch"] == 2 and row["selection"]["score"] is None
+    assert "epoch 2, the last one" in (tmp_path / "run" / "report.txt").read_text()
+
+
 def test_fixed_embeddings_stay_at_the_word_vectors(tmp_path):
     config = running.tiny_config(
         **{"train.num_epochs": 1, "embeddings.trainable": False}
