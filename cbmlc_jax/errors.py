@@ -1,7 +1,7 @@
 """A user's mistake becomes one sentence and a status, never a traceback.
 
 Every exception class that this package defines means a mistake that the user can mend
-(ConfigError, DataError, EmbeddingError, CheckpointError, TrainError, DeviceError), as
+(ConfigError, DataError, EmbeddingError, CheckpointError, RunError, DeviceError), as
 do the operating system's own (no such file, disk full).  Anything else is our bug and
 keeps its traceback.
 """

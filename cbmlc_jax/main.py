@@ -70,11 +70,14 @@ def main(argv: list[str]) -> None:
             top_k=values.top_k,
         )
         return
+    if values.mode == "eval":
+        from cbmlc_jax import run as run_lib
+
+        run_lib.evaluate_checkpoint(workdir, config_lib.data_dir(config), command)
+        return
     from cbmlc_jax import train
 
-    if values.mode == "eval":
-        train.evaluate_checkpoint(workdir, config_lib.data_dir(config), command)
-    elif train.train_and_evaluate(config, workdir, command) is None:
+    if train.train_and_evaluate(config, workdir, command) is None:
         print(f"{workdir} holds a finished run: see report.txt there")
 
 

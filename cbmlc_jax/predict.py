@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from cbmlc_jax import checkpoints, evaluate, models, results, thresholds, train
+from cbmlc_jax import checkpoints, evaluate, models, results, thresholds
+from cbmlc_jax import run as run_lib
 from cbmlc_jax.data import arff
 from cbmlc_jax.data.dataset import DataError, Ragged
 from cbmlc_jax.parallel import Devices
@@ -27,17 +28,17 @@ class Predictor:
         workdir: of a run with a checkpoint.
 
     Raises:
-        TrainError, CheckpointError: there is no such run, or it is damaged.
+        RunError, CheckpointError: there is no such run, or it is damaged.
     """
 
     def __init__(self, workdir: str):
-        config = train.trained_config(workdir)
+        config = run_lib.trained_config(workdir)
         path = os.path.join(workdir, "inputs.json")
         try:
             with open(path, encoding="utf8") as file:
                 inputs = json.load(file)
         except (OSError, ValueError) as error:
-            raise train.TrainError(f"{path} cannot be read: {error}") from error
+            raise run_lib.RunError(f"{path} cannot be read: {error}") from error
         self.label_names = inputs["label_names"]
         self.feature_names = inputs["feature_names"]
         self._feature_index = {n: i for i, n in enumerate(self.feature_names)}
@@ -46,9 +47,9 @@ class Predictor:
         model = models.create_model(config.model, meta)
         store = checkpoints.Checkpoints(os.path.join(workdir, "checkpoints"), True)
         if not store.epochs:
-            raise train.TrainError(f"{workdir} has no checkpoint yet: train there")
-        best = train.choose_epoch(store.history(store.epochs[-1]))
-        like = jax.eval_shape(lambda: train.init_params(model, 0))
+            raise run_lib.RunError(f"{workdir} has no checkpoint yet: train there")
+        best = run_lib.choose_epoch(store.history(store.epochs[-1]))
+        like = jax.eval_shape(lambda: run_lib.init_params(model, 0))
         params = store.params(best, checkpoints.abstract(like))
         store.close()
         devices = Devices.local(config.eval.batch_size, config.train.num_devices)
@@ -160,11 +161,11 @@ def choose_threshold(workdir: str, protocol: str, metric: str) -> float:
     leave information, else noisy_val with a warning.
 
     Raises:
-        TrainError: the run is not finished, so that it has no thresholds yet.
+        RunError: the run is not finished, so that it has no thresholds yet.
     """
     rows = results.read_jsonl(os.path.join(workdir, "results.jsonl"))
     if not rows:
-        raise train.TrainError(
+        raise run_lib.RunError(
             f"{workdir} has no finished run, so no threshold was chosen: let it finish "
             "or give --threshold"
         )
@@ -198,7 +199,7 @@ def predict_file(
     of the `top_k` best, best first.  `target` appears only when it is complete.
 
     Raises:
-        DataError, TrainError, CheckpointError: see there.
+        DataError, RunError, CheckpointError: see there.
     """
     if not source:
         raise DataError("--mode=predict needs --input, an ARFF or JSON lines file")

@@ -26,7 +26,17 @@ ALLOWED = PURE | {
     "task": {"config", "data", "embeddings", "models", "noise", "rngs", "thresholds"},
     "evaluate": {"data", "metrics", "parallel", "thresholds"},
     "results": {"config", "metrics", "task", "thresholds"},
-    "main": {"config", "errors", "predict", "train"},
+    "run": {
+        "checkpoints",
+        "config",
+        "evaluate",
+        "models",
+        "parallel",
+        "results",
+        "rngs",
+        "task",
+    },
+    "main": {"config", "errors", "predict", "run", "train"},
 }
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from cbmlc_jax import config as config_lib
 from cbmlc_jax import models, parallel, train
+from cbmlc_jax import run as run_lib
 from cbmlc_jax.data import pipeline
 from cbmlc_jax.data.dataset import Ragged
 
@@ -43,7 +44,7 @@ def trajectory(num_devices: int, reduction: str):
     vectors = rng.normal(size=(LABELS, 5))
     model = models.create_model(config.model, models.Meta(FEATURES, vectors))
     params = jax.tree.map(
-        lambda x: jnp.asarray(x, jnp.float64), train.init_params(model, 0)
+        lambda x: jnp.asarray(x, jnp.float64), run_lib.init_params(model, 0)
     )
     devices = parallel.Devices(tuple(jax.devices()[:num_devices]))
     tx = train.make_tx(config)

@@ -10,6 +10,7 @@ import pytest
 import running
 
 from cbmlc_jax import predict, results, thresholds, train
+from cbmlc_jax import run as run_lib
 from cbmlc_jax import task as task_lib
 from cbmlc_jax.data.dataset import DataError
 
@@ -75,7 +76,7 @@ def test_every_form_of_input_gives_the_scores_of_the_evaluation(
         "arff": tmp_path / "d.arff",
     }
     forms["arff"].write_text(f"@relation x\n{header}{labels}@data\n{sparse}")
-    run = train.Run(
+    run = run_lib.Run(
         running.tiny_config(
             **{"train.num_epochs": 2, "model.label_graph": "cooccurrence"}
         ),
@@ -128,7 +129,7 @@ def test_auto_threshold_warns_where_the_rates_leave_nothing(trained, tmp_path):
 
 
 def test_an_unfinished_run_has_no_threshold(tmp_path):
-    with pytest.raises(train.TrainError, match="give --threshold"):
+    with pytest.raises(run_lib.RunError, match="give --threshold"):
         predict.choose_threshold(str(tmp_path), "auto", "miF1")
 
 

@@ -18,6 +18,7 @@ import running
 
 from cbmlc_jax import checkpoints, evaluate, results, thresholds, train
 from cbmlc_jax import config as config_lib
+from cbmlc_jax import run as run_lib
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +38,8 @@ def copy(finished, tmp_path) -> pathlib.Path:
 
 def saved_params(workdir: pathlib.Path, epoch: int) -> list[np.ndarray]:
     store = checkpoints.Checkpoints(str(workdir / "checkpoints"), read_only=True)
-    config = config_lib.restore(train.saved_config(str(workdir)))
-    run = train.Run(config, str(workdir))
+    config = config_lib.restore(run_lib.saved_config(str(workdir)))
+    run = run_lib.Run(config, str(workdir))
     params = store.params(epoch, checkpoints.abstract(run.params))
     store.close()
     return [np.asarray(x) for x in jax.tree.leaves(params)]
@@ -95,15 +96,15 @@ def test_report_says_what_the_row_says(finished):
 
 def test_a_finished_run_is_left_alone(copy, capsys):
     before = (copy / "results.jsonl").read_bytes()
-    config = config_lib.restore(train.saved_config(str(copy)))
+    config = config_lib.restore(run_lib.saved_config(str(copy)))
     assert train.train_and_evaluate(config, str(copy), "again") is None
     assert (copy / "results.jsonl").read_bytes() == before
 
 
 def test_a_workdir_of_another_config_is_refused(copy):
-    config = config_lib.restore(train.saved_config(str(copy)))
+    config = config_lib.restore(run_lib.saved_config(str(copy)))
     config.loss.gamma_neg, config.seed, config.train.progress = 4.0, 5, True
-    with pytest.raises(train.TrainError) as caught:
+    with pytest.raises(run_lib.RunError) as caught:
         train.train_and_evaluate(config, str(copy), "")
     assert "loss.gamma_neg, seed." in str(caught.value)
     assert "progress" not in str(caught.value)
@@ -111,12 +112,12 @@ def test_a_workdir_of_another_config_is_refused(copy):
 
 def test_a_folder_with_other_things_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(train.TrainError, match=r"not empty .*thesis\.tex"):
-        train.claim(running.tiny_config(), str(tmp_path))
+    with pytest.raises(run_lib.RunError, match=r"not empty .*thesis\.tex"):
+        run_lib.claim(running.tiny_config(), str(tmp_path))
 
 
 def test_eval_reproduces_the_row_exactly(copy, capsys):
-    row = train.evaluate_checkpoint(str(copy), None, "eval")
+    row = run_lib.evaluate_checkpoint(str(copy), None, "eval")
     [before] = results.read_jsonl(str(copy / "results.jsonl"))
     for key in set(before) - set(results.PROVENANCE):
         assert row[key] == before[key], key
@@ -127,7 +128,7 @@ def test_eval_notices_a_changed_row(copy, capsys):
     [row] = results.read_jsonl(str(copy / "results.jsonl"))
     row["metrics"]["oracle"]["miF1"] += 1e-12
     results.write_jsonl(str(copy / "results.jsonl"), [row])
-    train.evaluate_checkpoint(str(copy), None, "eval")
+    run_lib.evaluate_checkpoint(str(copy), None, "eval")
     assert "differs from the row in results.jsonl in: metrics" in (
         capsys.readouterr().out
     )
@@ -233,7 +234,7 @@ def test_a_damaged_checkpoint_is_one_sentence(copy):
             file = largest_file(folder / "params")
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(checkpoints.CheckpointError, match="cannot be read"):
-        train.evaluate_checkpoint(str(copy), None, "eval")
+        run_lib.evaluate_checkpoint(str(copy), None, "eval")
 
 
 def test_a_checkpoint_of_another_model_names_the_shapes(copy):
@@ -242,7 +243,7 @@ def test_a_checkpoint_of_another_model_names_the_shapes(copy):
     content["model.ffn_width"] = 16
     path.write_text(json.dumps(content))
     with pytest.raises(checkpoints.CheckpointError) as caught:
-        train.evaluate_checkpoint(str(copy), None, "eval")
+        run_lib.evaluate_checkpoint(str(copy), None, "eval")
     assert "ffn" in str(caught.value)
     assert "(8,)" in str(caught.value) and "(16,)" in str(caught.value)
 
@@ -253,20 +254,20 @@ def test_a_foreign_folder_as_checkpoint(copy):
     (store / "7").mkdir(parents=True)
     (store / "7" / "weights.bin").write_bytes(b"no checkpoint")
     with pytest.raises(checkpoints.CheckpointError):
-        train.evaluate_checkpoint(str(copy), None, "eval")
+        run_lib.evaluate_checkpoint(str(copy), None, "eval")
 
 
 def test_no_run_and_no_checkpoint(tmp_path, copy):
-    with pytest.raises(train.TrainError, match="holds no run"):
-        train.evaluate_checkpoint(str(tmp_path), None, "eval")
+    with pytest.raises(run_lib.RunError, match="holds no run"):
+        run_lib.evaluate_checkpoint(str(tmp_path), None, "eval")
     shutil.rmtree(copy / "checkpoints")
     with pytest.raises(checkpoints.CheckpointError, match="train there first"):
-        train.evaluate_checkpoint(str(copy), None, "eval")
+        run_lib.evaluate_checkpoint(str(copy), None, "eval")
 
 
 def test_a_diverging_run_says_so(tmp_path):
     config = running.tiny_config(**{"optim.learning_rate": 1e30})
-    with pytest.raises(train.TrainError, match=r"not finite .*learning_rate"):
+    with pytest.raises(run_lib.RunError, match=r"not finite .*learning_rate"):
         train.train_and_evaluate(config, str(tmp_path / "run"), "test")
 
 
@@ -276,17 +277,17 @@ def line(epoch: int, score: float | None, rule: str = "noisy_val") -> dict:
 
 def test_the_earlier_of_equal_epochs_is_chosen():
     history = [line(1, 0.2), line(2, 0.4), line(3, None), line(4, 0.4)]
-    assert train.choose_epoch(history) == 2
-    assert train.choose_epoch([line(1, None), line(2, None)]) == 2
-    assert train.choose_epoch([line(1, None, "last"), line(2, None, "last")]) == 2
+    assert run_lib.choose_epoch(history) == 2
+    assert run_lib.choose_epoch([line(1, None), line(2, None)]) == 2
+    assert run_lib.choose_epoch([line(1, None, "last"), line(2, None, "last")]) == 2
 
 
 def test_patience_counts_evaluations_after_the_best():
     history = [line(1, 0.4), line(2, 0.3), line(3, None), line(4, 0.2)]
-    assert not train.out_of_patience(history, 0)
-    assert train.out_of_patience(history, 2)
-    assert not train.out_of_patience(history, 3)
-    assert not train.out_of_patience([], 1)
+    assert not run_lib.out_of_patience(history, 0)
+    assert run_lib.out_of_patience(history, 2)
+    assert not run_lib.out_of_patience(history, 3)
+    assert not run_lib.out_of_patience([], 1)
 
 
 def test_patience_stops_a_run_and_keeps_the_best(tmp_path):
@@ -314,7 +315,7 @@ def test_fixed_embeddings_stay_at_the_word_vectors(tmp_path):
         **{"train.num_epochs": 1, "embeddings.trainable": False}
     )
     train.train_and_evaluate(config, str(tmp_path / "run"), "test")
-    run = train.Run(config, "")
+    run = run_lib.Run(config, "")
     store = checkpoints.Checkpoints(str(tmp_path / "run" / "checkpoints"), True)
     params = store.params(1, checkpoints.abstract(run.params))
     store.close()
