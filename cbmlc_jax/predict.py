@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from cbmlc_jax import checkpoints, evaluate, models, results, thresholds
+from cbmlc_jax import evaluate, models, results, thresholds
 from cbmlc_jax import run as run_lib
 from cbmlc_jax.data import arff
 from cbmlc_jax.data.dataset import DataError, Ragged
@@ -45,13 +45,8 @@ class Predictor:
         shape = (len(self.label_names), inputs["embedding_width"])
         meta = models.Meta(len(self.feature_names), np.zeros(shape, np.float32))
         model = models.create_model(config.model, meta)
-        store = checkpoints.Checkpoints(os.path.join(workdir, "checkpoints"), True)
-        if not store.epochs:
-            raise run_lib.RunError(f"{workdir} has no checkpoint yet: train there")
-        best = run_lib.choose_epoch(store.history(store.epochs[-1]))
         like = jax.eval_shape(lambda: run_lib.init_params(model, 0))
-        params = store.params(best, checkpoints.abstract(like))
-        store.close()
+        params, _, _ = run_lib.chosen_params(workdir, like)
         devices = Devices.local(config.eval.batch_size, config.train.num_devices)
         self._params = devices.replicate(params)
         self._scorer = evaluate.Scorer(

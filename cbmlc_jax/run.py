@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -201,6 +202,25 @@ def write_inputs(run: Run) -> None:
     results.write_atomic(path, json.dumps(content) + "\n")
 
 
+def chosen_params(workdir: str, like: PyTree) -> tuple[PyTree, int, list[dict]]:
+    """The parameters of the chosen epoch, that epoch, and the history.
+
+    Args:
+        workdir: of a run, finished or not.
+        like: a tree of the parameters' shapes and types.
+
+    Raises:
+        RunError, CheckpointError: there is no checkpoint, or it is damaged.
+    """
+    folder = os.path.join(workdir, "checkpoints")
+    with contextlib.closing(checkpoints.Checkpoints(folder, read_only=True)) as store:
+        if not store.epochs:
+            raise RunError(f"{workdir} has no checkpoint yet: train there first")
+        history = store.history(store.epochs[-1])
+        best = choose_epoch(history)
+        return store.params(best, checkpoints.abstract(like)), best, history
+
+
 def evaluate_checkpoint(workdir: str, data_dir: str | None, command: str) -> dict:
     """Restores the chosen epoch of a run, evaluates it again and compares.
 
@@ -218,15 +238,9 @@ def evaluate_checkpoint(workdir: str, data_dir: str | None, command: str) -> dic
     config = trained_config(workdir)
     if data_dir:
         config.data.dir = data_dir
-    store = checkpoints.Checkpoints(os.path.join(workdir, "checkpoints"), True)
-    if not store.epochs:
-        raise RunError(f"{workdir} has no checkpoint yet: train there first")
     run = Run(config, workdir)
-    history = store.history(store.epochs[-1])
-    best = choose_epoch(history)
-    params = store.params(best, checkpoints.abstract(run.params))
+    params, best, history = chosen_params(workdir, run.params)
     row, text = run.finish(params, history, best, command)
-    store.close()
     results.write_jsonl(os.path.join(workdir, "eval.jsonl"), [row])
     print(text)
     before = results.read_jsonl(os.path.join(workdir, "results.jsonl"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 
@@ -183,48 +184,51 @@ def _train(
     )
     constants = {"graph": task.graph, "word_vectors": task.meta.label_vectors}
     steps_per_epoch = -(-len(task.train) // config.train.batch_size)
-    progress = Progress(
-        config.train.num_epochs, steps_per_epoch, len(history), config.train.progress
-    )
+    done, epochs = len(history), config.train.num_epochs
     state = devices.replicate(state)
     metrics_path = os.path.join(run.workdir, "metrics.jsonl")
     results.write_jsonl(metrics_path, history)
-    writer = SummaryWriter(
-        run.workdir, purge_step=len(history) + 1 if history else None
-    )
-    for epoch in range(len(history) + 1, config.train.num_epochs + 1):
-        if run_lib.out_of_patience(history, config.train.patience):
-            break
-        start = time.perf_counter()
-        state, loss = _epoch(run, step, state, constants, epoch, progress)
-        seconds = time.perf_counter() - start
-        due = epoch % config.train.eval_every == 0 or epoch == config.train.num_epochs
-        rule, score = config.train.selection, None
-        if due and rule != "last":
-            validation = run.validation(state.params)
-            score, rule = evaluate.selection_score(validation, rule)
-        line = {
-            "epoch": epoch,
-            "step": epoch * steps_per_epoch,
-            "loss": loss,
-            "selection": {"rule": rule, "score": score},
-            "examples_per_second": round(len(task.train) / seconds, 1),
-            "seconds": round(time.perf_counter() - start, 2),
-        }
-        history = [*history, line]
-        results.write_jsonl(metrics_path, history)
-        writer.add_scalar("train/loss", loss, epoch)
-        writer.add_scalar(
-            "train/examples_per_second", line["examples_per_second"], epoch
-        )
-        if score is not None:
-            writer.add_scalar(f"validation/{rule}_miF1", score, epoch)
-        writer.flush()
-        progress.epoch(line)
-        _save(run, store, state, history)
-    progress.close()
-    writer.close()
+    with (
+        contextlib.closing(
+            Progress(epochs, steps_per_epoch, done, config.train.progress)
+        ) as progress,
+        SummaryWriter(run.workdir, purge_step=done + 1 if done else None) as writer,
+    ):
+        for epoch in range(done + 1, epochs + 1):
+            if run_lib.out_of_patience(history, config.train.patience):
+                break
+            start = time.perf_counter()
+            state, loss = _epoch(run, step, state, constants, epoch, progress)
+            seconds = time.perf_counter() - start
+            selection = _select(run, state, epoch)
+            line = {
+                "epoch": epoch,
+                "step": epoch * steps_per_epoch,
+                "loss": loss,
+                "selection": selection,
+                "examples_per_second": round(len(task.train) / seconds, 1),
+                "seconds": round(time.perf_counter() - start, 2),
+            }
+            history = [*history, line]
+            results.write_jsonl(metrics_path, history)
+            writer.add_scalar("train/loss", loss, epoch)
+            if selection["score"] is not None:
+                name = f"validation/{selection['rule']}_miF1"
+                writer.add_scalar(name, selection["score"], epoch)
+            writer.flush()
+            progress.epoch(line)
+            _save(run, store, state, history)
     return history
+
+
+def _select(run: run_lib.Run, state: TrainState, epoch: int) -> dict:
+    """The selection score of an epoch that is to be evaluated, else None."""
+    settings, score = run.config.train, None
+    rule = settings.selection
+    due = epoch % settings.eval_every == 0 or epoch == settings.num_epochs
+    if due and rule != "last":
+        score, rule = evaluate.selection_score(run.validation(state.params), rule)
+    return {"rule": rule, "score": score}
 
 
 def _epoch(run: run_lib.Run, step, state, constants, epoch: int, progress: Progress):
