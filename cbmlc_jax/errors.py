@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -30,8 +31,11 @@ def explained() -> Iterator[None]:
     except Exception as error:
         if not is_mistake(error):
             raise
-        print(f"error: {sentence(error)}", file=sys.stderr)
-        sys.exit(1)
+        sys.stdout.flush()
+        print(f"error: {sentence(error)}", file=sys.stderr, flush=True)
+        # At once: what Orbax and tensorstore had under way would print tracebacks of
+        # its own while the interpreter shuts down.
+        os._exit(1)
 
 
 def is_mistake(error: Exception) -> bool:
