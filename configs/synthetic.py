@@ -12,9 +12,12 @@ def get_config(preset: str = ""):
         raise config_lib.ConfigError(f"configs/synthetic.py has no preset {preset!r}")
     c = config_lib.base()
     c.data.name = "synthetic"
+    c.model.num_blocks = 1
     c.model.width = 64
     c.model.ffn_width = 128
-    c.model.encoder.embedding_std = 0.3
-    c.optim.learning_rate = 2e-3
-    c.train.num_epochs = 15
+    c.model.num_heads = 2
+    c.model.encoder.layers = 1
+    c.model.encoder.embedding_std = 0.1
+    c.optim.learning_rate = 4e-3
+    c.train.num_epochs = 10
     return c
