@@ -17,7 +17,7 @@ def get_config(preset: str = ""):
         c.model.encoder.layers = 1
         c.model.encoder.embedding_std = 0.1
         c.optim.learning_rate = 2e-3
-        c.train.num_epochs = 8
+        c.train.num_epochs = 7
     elif preset:
         raise config_lib.ConfigError(f"configs/bibtex.py has no preset {preset!r}")
     return c

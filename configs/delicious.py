@@ -1,7 +1,10 @@
+"""delicious: 12,920 training and 3,185 test pages, 500 words, 983 tags."""
+
 from cbmlc_jax import config as config_lib
 
 
 def get_config(preset: str = ""):
+    """The paper's settings, or `fast`: one block, width 64, one head."""
     c = config_lib.base()
     c.data.name = "delicious"
     c.preset = preset
@@ -13,6 +16,7 @@ def get_config(preset: str = ""):
         c.model.ffn_width = 128
         c.model.encoder.embedding_std = 0.1
         c.optim.learning_rate = 2e-3
+        c.train.num_epochs = 8
     elif preset:
         raise config_lib.ConfigError(f"configs/delicious.py has no preset {preset!r}")
     return c
