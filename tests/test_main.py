@@ -40,7 +40,10 @@ def load_config(path: pathlib.Path, preset: str = ""):
         (["--config.train.num_epochs=many"], ["config.train.num_epochs", "many"]),
         (["--config.train.num_epochs=0"], ["train.num_epochs=0", "at least 1"]),
         (["--config.model.width=True"], ["config.model.width"]),
-        (["--config.model.width=30"], ["width=30", "num_heads=4"]),
+        (
+            ["--config.model.width=30", "--config.model.num_heads=4"],
+            ["width=30", "num_heads=4"],
+        ),
         (["--config=configs/nope.py"], ["configs/nope.py", "No such file"]),
         (["--config=configs/synthetic.py:big"], ["no preset 'big'"]),
         (["--config="], ["empty"]),
