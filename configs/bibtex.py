@@ -1,4 +1,13 @@
-"""bibtex: 4,880 training and 2,515 test documents, 1,836 words, 159 tags."""
+"""bibtex: 4,880 training and 2,515 test documents, 1,836 words, 159 tags.
+
+    python -m cbmlc_jax.main --config=configs/bibtex.py        782 ms a step on 2 cores
+    python -m cbmlc_jax.main --config=configs/bibtex.py:fast   146 ms, 7 epochs
+
+Expected, clean, one seed, by corrected_val (which also chooses the epoch):
+    paper settings, epoch 10 of 12   ebF1 .412   miF1 .444   maF1 .330
+    fast, epoch 5                         .415        .443        .315
+No spread over seeds was measured yet.
+"""
 
 from cbmlc_jax import config as config_lib
 
