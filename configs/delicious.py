@@ -1,4 +1,10 @@
-"""delicious: 12,920 training and 3,185 test pages, 500 words, 983 tags."""
+"""delicious: 12,920 training and 3,185 test pages, 500 words, 983 tags.
+
+    python -m cbmlc_jax.main --config=configs/delicious.py:fast
+
+Expected, clean, one seed, epoch 4 of 4, by corrected_val (which also chooses the
+epoch): ebF1 .336, miF1 .351, maF1 .111; about 4.5 minutes an epoch on two cores.
+"""
 
 from cbmlc_jax import config as config_lib
 
