@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 
 import jax
 import numpy as np
@@ -73,6 +74,7 @@ class Checkpoints:
                 f"are {free >> 20} MB on the disk of {self.folder}; the earlier ones "
                 "are intact: make room and start the same command again to resume"
             )
+        hook, sys.unraisablehook = sys.unraisablehook, _without_closed_loops
         try:
             self._manager.save(
                 epoch,
@@ -84,7 +86,9 @@ class Checkpoints:
                 force=True,
             )
             self._manager.wait_until_finished()
+            sys.unraisablehook = hook
         except Exception as error:  # tensorstore wraps OSError in several types
+            # The hook stays: the threads of the other arrays are still failing.
             self._remove_unfinished()
             raise CheckpointError(
                 f"could not save the checkpoint of epoch {epoch} in {self.folder} "
@@ -153,6 +157,17 @@ class Checkpoints:
     def close(self) -> None:
         """Releases Orbax's threads."""
         self._manager.close()
+
+
+def _without_closed_loops(unraisable: sys.UnraisableHookArgs) -> None:
+    """An unraisablehook for a save that fails: our sentence alone reaches the user.
+
+    Orbax closes its event loop on the first array that cannot be written; each array
+    that is still under way then prints a traceback from a thread of tensorstore's.
+    """
+    error = unraisable.exc_value
+    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+        sys.__unraisablehook__(unraisable)
 
 
 def abstract(tree: PyTree) -> PyTree:
