@@ -19,6 +19,7 @@ REQUIRES = [
     "numpy>=2.1",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12",
+    "scikit-learn>=1.9",
     "scipy>=1.14",
     "tensorboardX>=2.6",
     "tensorflow-datasets>=4.9.10",

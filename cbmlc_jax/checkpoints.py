@@ -106,10 +106,13 @@ class Checkpoints:
         """The training history up to `epoch`."""
         return self._restore(epoch, history=ocp.args.JsonRestore())["history"]
 
-    def params(self, epoch: int, like: PyTree) -> PyTree:
-        """The parameters of `epoch`, shaped as the abstract tree `like`."""
-        self._check(epoch, "params", like)
-        args = {"params": ocp.args.StandardRestore(like)}
+    def params(self, epoch: int, like: PyTree | None) -> PyTree:
+        """The parameters of `epoch`, shaped as the tree `like`; None: as saved."""
+        if like is None:
+            args = {"params": ocp.args.StandardRestore()}
+        else:
+            self._check(epoch, "params", like)
+            args = {"params": ocp.args.StandardRestore(abstract(like))}
         return self._restore(epoch, **args)["params"]
 
     def rest(self, epoch: int, like: PyTree) -> PyTree:

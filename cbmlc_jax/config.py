@@ -24,7 +24,7 @@ def base() -> ml_collections.ConfigDict:
     c.preset = ""  # name after the colon of --config=configs/x.py:name
 
     c.data = ml_collections.ConfigDict()
-    c.data.name = "synthetic"  # synthetic, bibtex, delicious
+    c.data.name = "synthetic"  # synthetic, bibtex, delicious, reuters
     c.data.dir = placeholder(str)  # folder of data; default $CBMLC_DATA_DIR
     c.data.validation_fraction = 0.1  # floor(fraction * N) rows of train
     c.data.validation_size = placeholder(int)  # rows; stands over the fraction
@@ -47,24 +47,24 @@ def base() -> ml_collections.ConfigDict:
     c.embeddings.trainable = True  # False: the paper's "fixed" ablation
 
     c.model = ml_collections.ConfigDict()
-    c.model.name = "cbmlc"
+    c.model.name = "cbmlc"  # see CHOICES; PUBLISHED has the settings of the others
     c.model.num_blocks = 2  # T; a block updates every label node twice
     c.model.width = 300  # d
     c.model.num_heads = 4  # H, divides d
     c.model.ffn_width = 600
     c.model.dropout = 0.2  # also on the attention weights
-    c.model.label_graph = "complete"  # complete, self, cooccurrence, file
+    c.model.label_graph = "complete"  # complete, self, cooccurrence, file, correlation
     c.model.label_graph_file = placeholder(str)  # lines of label<TAB>label
     c.model.readout_tying = False  # readout weights = initial label nodes
     c.model.intermediate_weight = 0.2  # of the losses after every update but the last
     c.model.encoder = ml_collections.ConfigDict()
-    c.model.encoder.name = "set"
+    c.model.encoder.name = "set"  # set, or sequence: with positions
     c.model.encoder.layers = 2
     c.model.encoder.self_attention = True  # False: LaMP's encoder as published
     c.model.encoder.embedding_std = 1.0  # of the token embeddings at the start
 
     c.loss = ml_collections.ConfigDict()
-    c.loss.name = "asl"  # asl, bce
+    c.loss.name = "asl"  # asl, bce, hill, splc, large_loss, forward
     c.loss.gamma_pos = 1.0
     c.loss.gamma_neg = 2.0
     c.loss.margin = 0.05
@@ -72,9 +72,19 @@ def base() -> ml_collections.ConfigDict:
     c.loss.stop_focal_gradient = False
     c.loss.cb_weight = 0.01  # lambda
     c.loss.cb_norm = "squared"  # squared (eq. 9) or frobenius (published code)
+    c.loss.hill_weight = 1.5  # lambda of hill
+    c.loss.splc_threshold = 0.6  # tau of splc: a likelier negative counts as positive
+    c.loss.positive_margin = 1.0  # of the positives' logits in hill and splc
+    c.loss.positive_gamma = 2.0  # their focusing
+    c.loss.rejected_per_epoch = 0.002  # large_loss: share of the entries, times epoch
 
     c.optim = ml_collections.ConfigDict()
+    c.optim.name = "adam"  # adam, sgd (momentum .9)
     c.optim.learning_rate = 2e-4
+    c.optim.beta2 = 0.999  # of adam
+    c.optim.clip_norm = 0.0  # largest norm of the gradient; 0: any
+    c.optim.decay = 1.0  # factor on the learning rate at each of ...
+    c.optim.decay_times = 0  # ... so many equally spaced moments of the training
     c.optim.weight_decay = 1e-5
     c.optim.decoupled = False  # False: L2 into Adam; True: AdamW
 
@@ -87,27 +97,41 @@ def base() -> ml_collections.ConfigDict:
     c.train.patience = 0  # evaluations without a better one before stopping; 0: never
     c.train.selection = "corrected_val"  # protocol that chooses the epoch, by miF1
     c.train.num_devices = placeholder(int)  # default: all local devices
+    c.train.crossfit = 0  # K: thresholds on K-fold scores of all training rows; 0: off
     c.train.progress = True
 
     c.eval = ml_collections.ConfigDict()
     c.eval.batch_size = 64
     c.eval.per_label_thresholds = False  # also report a threshold for each label
+
+    # What one model alone reads stands under the model's name.
+    c.logistic_regression = ml_collections.ConfigDict()
+    c.logistic_regression.cost = placeholder(
+        float
+    )  # C; default: the best of five on validation
+    c.lr_knn = ml_collections.ConfigDict()
+    c.lr_knn.neighbours = placeholder(int)  # default 15, or 25 where there is noise
+    c.lr_knn.vote = 0.3  # weight of the neighbours' vote
+    c.mlknn = ml_collections.ConfigDict()
+    c.mlknn.neighbours = 10
+    c.mlknn.smoothing = 1.0
     return c.lock()
 
 
 # Key -> allowed values.
 CHOICES = {
-    "data.name": ("synthetic", "bibtex", "delicious"),
+    "data.name": ("synthetic", "bibtex", "delicious", "reuters"),
     "noise.kind": ("none", "ncar", "nar", "single_positive", "combined"),
     "noise.rates": ("fixed", "uniform"),
     "noise.validation": ("noisy", "clean"),
     "embeddings.source": ("auto", "dataset", "file", "package", "gensim", "random"),
-    "model.name": ("cbmlc",),
-    "model.encoder.name": ("set",),
-    "model.label_graph": ("complete", "self", "cooccurrence", "file"),
-    "loss.name": ("asl", "bce"),
+    "model.name": ("cbmlc", "lamp", "label_prior", "logistic_regression", "lr_knn"),
+    "model.encoder.name": ("set", "sequence"),
+    "model.label_graph": ("complete", "self", "cooccurrence", "file", "correlation"),
+    "loss.name": ("asl", "bce", "hill", "splc", "large_loss", "forward"),
     "loss.reduction": ("sum", "mean"),
     "loss.cb_norm": ("squared", "frobenius"),
+    "optim.name": ("adam", "sgd"),
     "train.selection": ("corrected_val", "noisy_val", "clean_val", "last"),
 }
 # Key -> (lowest, highest) value, both allowed.
@@ -128,8 +152,17 @@ RANGES = {
     "loss.gamma_neg": (0.0, None),
     "loss.margin": (0.0, 0.99),
     "loss.cb_weight": (0.0, None),
+    "loss.hill_weight": (0.0, None),
+    "loss.splc_threshold": (0.0, 1.0),
+    "loss.positive_margin": (0.0, None),
+    "loss.positive_gamma": (0.0, None),
+    "loss.rejected_per_epoch": (0.0, 1.0),
     "optim.learning_rate": (0.0, None),
     "optim.weight_decay": (0.0, None),
+    "optim.beta2": (0.0, 0.99999),
+    "optim.clip_norm": (0.0, None),
+    "optim.decay": (0.0, 1.0),
+    "optim.decay_times": (0, None),
     "train.num_epochs": (1, None),
     "train.batch_size": (1, None),
     "train.eval_every": (1, None),
@@ -137,7 +170,29 @@ RANGES = {
     "train.keep": (1, None),
     "train.patience": (0, None),
     "train.num_devices": (1, None),
+    "train.crossfit": (0, 100),
+    "logistic_regression.cost": (1e-6, 1e6),
+    "lr_knn.neighbours": (1, None),
+    "lr_knn.vote": (0.0, 1.0),
+    "mlknn.neighbours": (1, None),
+    "mlknn.smoothing": (0.0, None),
     "eval.batch_size": (1, None),
+}
+# Model -> the settings of its authors (sources in experiments/README.md).  They stand
+# over the config file, and the command line over them.
+PUBLISHED = {
+    "lamp": {
+        "model.width": 512,
+        "model.ffn_width": 512,
+        "model.label_graph": "cooccurrence",
+        "model.encoder.self_attention": False,
+        "embeddings.source": "random",
+        "loss.name": "bce",
+        "loss.reduction": "mean",
+        "loss.cb_weight": 0.0,
+        "optim.weight_decay": 0.0,
+        "optim.beta2": 0.98,
+    },
 }
 # Keys that change where or how loudly a run happens, not what comes out of it.
 INCIDENTAL = ("data.dir", "train.num_devices", "train.progress")
@@ -187,6 +242,14 @@ def differences(mine: dict[str, object], theirs: dict[str, object]) -> list[str]
     return [k for k in keys if k not in INCIDENTAL and mine.get(k) != theirs.get(k)]
 
 
+def apply_published(config: ml_collections.ConfigDict, explicit: set[str]) -> None:
+    """Gives a model its authors' settings, but for the `explicit` keys."""
+    settings = PUBLISHED.get(config.model.name, {})
+    config.update_from_flattened_dict(
+        {k: v for k, v in settings.items() if k not in explicit}
+    )
+
+
 def validate(config: ml_collections.ConfigDict) -> None:
     """Checks values and their combinations.
 
@@ -220,6 +283,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
         )
     if flat["embeddings.source"] == "file" and not flat["embeddings.path"]:
         raise ConfigError("config.embeddings.source=file needs config.embeddings.path")
+    if flat["train.crossfit"] == 1:
+        raise ConfigError(
+            "config.train.crossfit=1 leaves no row to train on: 0 or 2-100"
+        )
 
 
 def noise_rate(config: ml_collections.ConfigDict) -> float:

@@ -3,56 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
-import jax
 import numpy as np
-from jaxtyping import Float, PyTree
+from jaxtyping import Bool, Float
 
 from cbmlc_jax import metrics, thresholds
-from cbmlc_jax.data import pipeline
-from cbmlc_jax.parallel import Devices
 from cbmlc_jax.thresholds import Rates
 
 Curves = dict[str, np.ndarray]
-
-
-class Scorer:
-    """scores(params, inputs) of a neural model, batched and compiled once per shape.
-
-    Args:
-        model: a linen module whose outputs have `logits` [B, L].
-        devices: where to run.
-        batch_size: of all devices together.
-        widths: bucket widths.
-        graph: bool [L, L] label graph or None.
-    """
-
-    def __init__(self, model, devices: Devices, batch_size, widths, graph):
-        self._devices, self._batch_size, self._widths = devices, batch_size, widths
-        self._graph = graph
-
-        def step(params, batch, graph):
-            outputs = model.apply({"params": params}, batch["tokens"], graph)
-            return jax.nn.sigmoid(outputs.logits)
-
-        self._step: Callable = devices.compile(step)
-
-    def __call__(
-        self, replicated_params: PyTree, inputs: pipeline.Ragged
-    ) -> Float[np.ndarray, "rows labels"]:
-        """float32 [N, L] probabilities, in the order of `inputs`."""
-        plan = pipeline.plan_batches(inputs.lengths, self._batch_size, self._widths)
-        scores = None
-        for rows, batch in zip(
-            plan.rows, pipeline.batches(inputs, None, plan), strict=True
-        ):
-            out = self._step(replicated_params, self._devices.shard(batch), self._graph)
-            values = self._devices.gather(out).astype(np.float32)
-            if scores is None:
-                scores = np.empty((len(inputs), values.shape[1]), np.float32)
-            scores[rows[rows >= 0]] = values[rows >= 0]
-        return np.empty((0, 0), np.float32) if scores is None else scores
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +24,7 @@ class Validation:
         prior: [L] mean noisy label of the training rows.
         rates: of the training rows.
         labels_are_clean: nothing to correct in `labels`.
+        grid: thresholds to choose from, ascending.
     """
 
     scores: np.ndarray
@@ -74,6 +33,7 @@ class Validation:
     prior: np.ndarray
     rates: Rates
     labels_are_clean: bool = False
+    grid: np.ndarray = dataclasses.field(default_factory=lambda: thresholds.GRID)
 
     def curves(self, protocol: str) -> tuple[Curves, str]:
         """F1 curves over the grid by a protocol, and the protocol that it fell back to.
@@ -81,15 +41,15 @@ class Validation:
         corrected_val falls back to noisy_val where the rates leave no information.
         """
         if protocol == "clean_val":
-            return thresholds.f1_curves(self.scores, self.clean), protocol
+            return thresholds.f1_curves(self.scores, self.clean, self.grid), protocol
         if protocol == "corrected_val" and not self.labels_are_clean:
             if self.rates.usable:
                 curves = thresholds.corrected_curves(
-                    self.scores, self.labels, self.prior, self.rates
+                    self.scores, self.labels, self.prior, self.rates, self.grid
                 )
                 return curves, protocol
             protocol = "noisy_val"
-        return thresholds.f1_curves(self.scores, self.labels), protocol
+        return thresholds.f1_curves(self.scores, self.labels, self.grid), protocol
 
     def per_label(self, protocol: str) -> np.ndarray:
         """A threshold for each label, by a validation protocol."""
@@ -98,7 +58,9 @@ class Validation:
         rates = self.rates if correct and self.rates.usable else none
         labels = self.clean if protocol == "clean_val" else self.labels
         prior = self.prior if rates is self.rates else labels.mean(0)
-        return thresholds.choose_per_label(self.scores, labels, prior, rates)
+        return thresholds.choose_per_label(
+            self.scores, labels, prior, rates, grid=self.grid
+        )
 
 
 def selection_score(validation: Validation, protocol: str) -> tuple[float, str]:
@@ -112,6 +74,7 @@ def protocols(
     test_scores: Float[np.ndarray, "rows labels"],
     test_labels: np.ndarray,
     per_label: bool = False,
+    decoded: Bool[np.ndarray, "rows labels"] | None = None,
 ) -> tuple[dict, list[str]]:
     """Scores on test under every protocol.
 
@@ -119,6 +82,7 @@ def protocols(
         validation: what thresholds are chosen on.
         test_scores, test_labels: [N, L].
         per_label: also with a threshold for each label.
+        decoded: [N, L] what the model itself predicts, where it does.
 
     Returns:
         The parts of a result row, and warnings for the user:
@@ -128,15 +92,15 @@ def protocols(
     chosen, scores, warnings = {}, {}, []
     for protocol in thresholds.PROTOCOLS:
         if protocol == "oracle":
-            curves, used = test, protocol
+            curves, used, grid = test, protocol, thresholds.GRID
         else:
-            curves, used = validation.curves(protocol)
+            (curves, used), grid = validation.curves(protocol), validation.grid
         if used != protocol:
             warnings.append(
                 f"the noise rates r0={validation.rates.r0:.3f}, r1="
                 f"{validation.rates.r1:.3f} leave no information: {protocol} is {used}"
             )
-        chosen[protocol] = thresholds.choose(curves)
+        chosen[protocol] = thresholds.choose(curves, grid)
         scores[protocol] = {
             name: metrics.f1_scores(
                 metrics.count(thresholds.apply(test_scores, t), test_labels)
@@ -148,6 +112,10 @@ def protocols(
         "thresholds": chosen,
         "ranking": metrics.ranking(test_scores, test_labels),
     }
+    if decoded is not None:
+        parts["decoded_metrics"] = metrics.f1_scores(
+            metrics.count(decoded, test_labels)
+        )
     if per_label:
         parts["per_label_metrics"] = {
             protocol: metrics.f1_scores(

@@ -53,6 +53,7 @@ def main(argv: list[str]) -> None:
     if not values["verbosity"].present:
         logging.set_verbosity(logging.FATAL)  # Orbax logs what it raises, too
     config = values.config
+    config_lib.apply_published(config, set(values["config"].override_values))
     config_lib.validate(config)
     path = values["config"].config_filename or _DEFAULT
     workdir = values.workdir or os.path.join("runs", config_lib.run_name(path, config))
@@ -75,9 +76,9 @@ def main(argv: list[str]) -> None:
 
         run_lib.evaluate_checkpoint(workdir, config_lib.data_dir(config), command)
         return
-    from cbmlc_jax import train
+    from cbmlc_jax import fit
 
-    if train.train_and_evaluate(config, workdir, command) is None:
+    if fit.train_and_evaluate(config, workdir, command) is None:
         print(f"{workdir} holds a finished run: see report.txt there")
 
 

@@ -7,25 +7,45 @@ import optax
 from jaxtyping import PyTree
 
 
+def decayed(rate: float, *, factor: float, times: int, steps: int):
+    """rate * factor^i in the i-th (from 0) of `times` + 1 equal parts of `steps`."""
+    if not times:
+        return rate
+    moments = {steps * i // (times + 1): factor for i in range(1, times + 1)}
+    return optax.piecewise_constant_schedule(rate, moments)
+
+
 def make_optimizer(
     *,
-    learning_rate: float,
+    learning_rate: float | optax.Schedule,
     weight_decay: float,
+    name: str = "adam",
+    beta2: float = 0.999,
+    clip_norm: float = 0.0,
     decoupled: bool = False,
     frozen: tuple[str, ...] = (),
 ) -> optax.GradientTransformation:
-    """Adam (betas .9, .999) with a constant learning rate.
+    """Adam (beta1 .9), or SGD with momentum .9.
 
     Args:
-        learning_rate: constant, no warm-up.
+        learning_rate: a constant or a schedule of the step; no warm-up.
         weight_decay: coupled, i.e. added to the gradient of all parameters before
-            Adam (the paper's), or decoupled (AdamW).
-        decoupled: which of the two.
+            the rest (the paper's), or decoupled (AdamW).
+        name: "adam" or "sgd".
+        beta2: of Adam.
+        clip_norm: the gradient is scaled down to this norm; 0 leaves it.
+        decoupled: which kind of weight decay.
         frozen: names of parameters (last part of the path) that stay as they are.
     """
     decay = optax.add_decayed_weights(weight_decay)
-    adam = optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8)
-    parts = (adam, decay) if decoupled else (decay, adam)
+    rule = (
+        optax.scale_by_adam(b1=0.9, b2=beta2, eps=1e-8)
+        if name == "adam"
+        else optax.trace(decay=0.9)
+    )
+    parts = (rule, decay) if decoupled else (decay, rule)
+    if clip_norm:
+        parts = (optax.clip_by_global_norm(clip_norm), *parts)
     chain = optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
     if not frozen:
         return chain

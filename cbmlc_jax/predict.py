@@ -8,14 +8,12 @@ import sys
 import warnings
 from collections.abc import Iterator
 
-import jax
 import numpy as np
 
-from cbmlc_jax import evaluate, models, results, thresholds
+from cbmlc_jax import models, results, systems, thresholds
 from cbmlc_jax import run as run_lib
 from cbmlc_jax.data import arff
 from cbmlc_jax.data.dataset import DataError, Ragged
-from cbmlc_jax.parallel import Devices
 
 LONGEST_LINE = 1 << 24  # characters of one JSON line
 CHUNK = 4096  # rows scored at once: memory does not grow with the file
@@ -42,24 +40,25 @@ class Predictor:
         self.label_names = inputs["label_names"]
         self.feature_names = inputs["feature_names"]
         self._feature_index = {n: i for i, n in enumerate(self.feature_names)}
-        shape = (len(self.label_names), inputs["embedding_width"])
-        meta = models.Meta(len(self.feature_names), np.zeros(shape, np.float32))
-        model = models.create_model(config.model, meta)
-        like = jax.eval_shape(lambda: run_lib.init_params(model, 0))
-        params, _, _ = run_lib.chosen_params(workdir, like)
-        devices = Devices.local(config.eval.batch_size, config.train.num_devices)
-        self._params = devices.replicate(params)
-        self._scorer = evaluate.Scorer(
-            model,
-            devices,
-            config.eval.batch_size,
-            inputs["widths"],
-            _graph(inputs["graph"]),
+        meta = models.Meta(
+            num_features=len(self.feature_names),
+            label_vectors=np.zeros(
+                (len(self.label_names), inputs["embedding_width"]), np.float32
+            ),
+            label_counts=np.array(inputs["label_counts"]),
+            max_labels=inputs["max_labels"],
         )
+        self._system = systems.create(
+            config,
+            meta,
+            inputs["widths"],
+            _graph(inputs["graph"], inputs["graph_weights"]),
+        )
+        self._params, _, _ = run_lib.chosen_params(workdir, self._system.like)
 
     def scores(self, inputs: Ragged) -> np.ndarray:
         """float32 [N, L] probabilities."""
-        return self._scorer(self._params, inputs)
+        return self._system.scores(self._params, inputs)
 
     def read(self, path: str) -> Iterator[Ragged]:
         """Inputs of an ARFF file of the same header, or of JSON lines, in chunks.
@@ -140,12 +139,13 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
                 yield number, line
 
 
-def _graph(neighbours: list[list[int]] | None) -> np.ndarray | None:
+def _graph(neighbours: list | None, weights: list | None) -> np.ndarray | None:
     if neighbours is None:
         return None
-    graph = np.zeros((len(neighbours), len(neighbours)), bool)
+    size = len(neighbours)
+    graph = np.zeros((size, size), bool if weights is None else np.float32)
     for i, row in enumerate(neighbours):
-        graph[i, row] = True
+        graph[i, row] = True if weights is None else weights[i]
     return graph
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
@@ -19,14 +20,18 @@ from cbmlc_jax.task import Task
 PROVENANCE = ("seconds", "versions", "command")
 
 
-def write_atomic(path: str, text: str | Iterable[str]) -> None:
-    """Writes beside `path` and renames: a reader sees the old or the new text."""
-    pieces = [text] if isinstance(text, str) else text
+def write_atomic(path: str, content: str | bytes | Iterable[str]) -> None:
+    """Writes beside `path` and renames: a reader sees the old or the new content."""
+    if not isinstance(content, bytes):
+        pieces = [content] if isinstance(content, str) else content
+        content = (piece.encode("utf8") for piece in pieces)
+    else:
+        content = [content]
     folder = os.path.dirname(os.path.abspath(path))
     handle, temporary = tempfile.mkstemp(dir=folder, prefix=".writing-")
     try:
-        with os.fdopen(handle, "w", encoding="utf8") as file:
-            file.writelines(pieces)
+        with os.fdopen(handle, "wb") as file:
+            file.writelines(content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
@@ -34,6 +39,13 @@ def write_atomic(path: str, text: str | Iterable[str]) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def write_array(path: str, array: np.ndarray) -> None:
+    """A .npy file, atomically; read it with np.load(path, allow_pickle=False)."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    write_atomic(path, buffer.getvalue())
 
 
 def write_jsonl(path: str, rows: list[dict]) -> None:
@@ -119,7 +131,8 @@ def report(
         + (f", preset {row['preset']}" if row["preset"] else ""),
         f"rows: {row['rows']['train']} train, {row['rows']['validation']} validation, "
         f"{row['rows']['test']} test; {row['params']:,} parameters",
-        f"epoch {row['epoch']}, "
+        (_pairs(selection["settings"]) or f"epoch {row['epoch']}")
+        + ", "
         + (
             f"chosen by {selection['rule']} {selection['metric']} = "
             f"{selection['score']:.4f}"
@@ -137,11 +150,14 @@ def report(
             f"  realised on {name:<10}  P(0->1) {r['p01']:.4f}   P(1->0) "
             f"{r['p10']:.4f}   entries {r['entries']:.2%}   rows {r['instances']:.1%}"
         )
-    found = row["embeddings"]["coverage"]
+    if row["embeddings"]:
+        found = row["embeddings"]["coverage"]
+        lines.append(
+            f"word vectors: {row['embeddings']['source']}, "
+            f"{row['embeddings']['dim']}-d; labels found whole {found['whole']}, "
+            f"in part {found['partial']}, not at all {found['none']}"
+        )
     lines += [
-        f"word vectors: {row['embeddings']['source']}, {row['embeddings']['dim']}-d; "
-        f"labels found whole {found['whole']}, in part {found['partial']}, "
-        f"not at all {found['none']}",
         "",
         f"{'threshold by':<16}"
         + "".join(f"{n:>8} {'at':>5}" for n in metrics.F1_NAMES),
@@ -157,10 +173,9 @@ def report(
             + ("   (looks at the test labels)" if protocol == "oracle" else "")
         )
     for protocol, values in row.get("per_label_metrics", {}).items():
-        name = f"{protocol}, per label"
-        lines.append(
-            f"  {name}: " + "  ".join(f"{k} {v:.4f}" for k, v in values.items())
-        )
+        lines.append(f"  {protocol}, per label: {_f1s(values)}")
+    if "decoded_metrics" in row:
+        lines.append(f"  the model's own rule: {_f1s(row['decoded_metrics'])}")
     lines += [
         "",
         "  ".join(f"{k} {v:.4f}" for k, v in row["ranking"].items()),
@@ -169,6 +184,14 @@ def report(
     ]
     lines += [f"warning: {w}" for w in warnings]
     return "\n".join(lines) + "\n"
+
+
+def _pairs(settings: dict) -> str:
+    return ", ".join(f"{k} {v:g}" for k, v in settings.items())
+
+
+def _f1s(values: dict[str, float]) -> str:
+    return "  ".join(f"{k} {v:.4f}" for k, v in values.items())
 
 
 def _labels(row: dict, test_scores: np.ndarray, task: Task, shown: int = 10):

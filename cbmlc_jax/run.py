@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from cbmlc_jax import checkpoints, evaluate, models, results, rngs
+from cbmlc_jax import checkpoints, evaluate, results, systems, thresholds
 from cbmlc_jax import config as config_lib
 from cbmlc_jax import task as task_lib
-from cbmlc_jax.parallel import Devices
 
 
 class RunError(ValueError):
     """A run that cannot start or go on; the message says what to do."""
 
 
-def init_params(model, seed: int) -> PyTree:
-    """Initial parameters: one compiled program, its stream named "params"."""
-    tokens = jnp.ones((1, 8), jnp.int32)
-    return jax.jit(model.init)(rngs.stream(seed, "params"), tokens)["params"]
+@dataclasses.dataclass(frozen=True)
+class OutOfFold:
+    """What cross-fitting found on the training rows.
+
+    Attributes:
+        scores: float32 [N, L], each row by a model that did not see it.
+        curve: selection score after each epoch (or of each candidate), the mean over
+            the folds; None where it was not evaluated.
+        rule: the protocol of these scores.
+    """
+
+    scores: np.ndarray
+    curve: list[float | None]
+    rule: str
 
 
 class Run:
@@ -34,36 +43,62 @@ class Run:
     Args:
         config: validated.
         workdir: where everything of the run is written.
+        task: of the config, where it is at hand.
+        out_of_fold: scores that stand for those of the validation rows.
     """
 
-    def __init__(self, config, workdir: str):
-        self.config, self.workdir = config, workdir
-        limit = config.train.num_devices
-        self.train_devices = Devices.local(config.train.batch_size, limit)
-        eval_devices = Devices.local(config.eval.batch_size, limit)
-        self.task = task_lib.build(config)
-        self.model = models.create_model(config.model, self.task.meta)
-        self.scorer = evaluate.Scorer(
-            self.model,
-            eval_devices,
-            config.eval.batch_size,
-            self.task.widths,
-            self.task.graph,
+    def __init__(
+        self,
+        config,
+        workdir: str,
+        task: task_lib.Task | None = None,
+        out_of_fold: OutOfFold | None = None,
+    ):
+        self.config, self.workdir, self.out_of_fold = config, workdir, out_of_fold
+        self.task = task or task_lib.build(config)
+        self.system = systems.create(
+            config, self.task.meta, self.task.widths, self.task.graph
         )
-        self.params = init_params(self.model, config.seed)
-        self.num_params = sum(int(np.size(x)) for x in jax.tree.leaves(self.params))
 
-    def validation(self, replicated_params) -> evaluate.Validation:
+    @property
+    def last_epoch(self) -> int:
+        """Where training ends: the folds' best epoch, or config.train.num_epochs."""
+        curve = self.out_of_fold.curve if self.out_of_fold else []
+        scored = [(score, -i) for i, score in enumerate(curve, 1) if score is not None]
+        return -max(scored)[1] if scored else self.config.train.num_epochs
+
+    def out_of_patience(self, history: list[dict]) -> bool:
+        """Whether the last evaluations brought nothing better; never after folds."""
+        patience = 0 if self.out_of_fold else self.config.train.patience
+        return out_of_patience(history, patience)
+
+    def validation(self, params: PyTree) -> evaluate.Validation:
         """Scores of the validation rows with what the protocols need."""
         task = self.task
+        if self.out_of_fold is not None:
+            scores = self.out_of_fold.scores
+        else:
+            scores = self.system.scores(params, task.validation.inputs)
         return evaluate.Validation(
-            scores=self.scorer(replicated_params, task.validation.inputs),
+            scores=scores,
             labels=task.validation.labels,
             clean=task.validation_clean,
             prior=task.prior,
             rates=task.rates,
             labels_are_clean=self.config.noise.validation == "clean",
+            grid=thresholds.FINE_GRID if self.out_of_fold else thresholds.GRID,
         )
+
+    def select(self, params: PyTree, number: int) -> dict:
+        """{"rule", "score"} of the epoch (or candidate) `number`, counted from 1."""
+        if self.out_of_fold is not None:
+            found = self.out_of_fold
+            return {"rule": found.rule, "score": found.curve[number - 1]}
+        rule = self.config.train.selection
+        if rule == "last":
+            return {"rule": rule, "score": None}
+        score, rule = evaluate.selection_score(self.validation(params), rule)
+        return {"rule": rule, "score": score}
 
     def finish(self, params: PyTree, history: list[dict], best: int, command: str):
         """Evaluates the chosen parameters on test.
@@ -72,15 +107,15 @@ class Run:
             The result row and the report's text.
         """
         start = time.perf_counter()
-        replicated = self.train_devices.replicate(params)
-        validation = self.validation(replicated)
+        validation = self.validation(params)
         test = self.task.test
-        scores = self.scorer(replicated, test.inputs)
+        scores, decoded = self.system.predict(params, test.inputs)
         parts, warnings = evaluate.protocols(
             validation,
             scores,
             test.labels,
             per_label=self.config.eval.per_label_thresholds,
+            decoded=decoded,
         )
         chosen = next(line for line in history if line["epoch"] == best)
         row = results.make_row(
@@ -92,9 +127,10 @@ class Run:
                 "metric": "miF1",
                 "score": chosen["selection"]["score"],
                 "thresholds": "corrected_val",
+                "settings": chosen.get("settings", {}),
             },
             epoch=best,
-            params=self.num_params,
+            params=systems.num_params(params),
             seconds={
                 "train": round(sum(line["seconds"] for line in history), 2),
                 "eval": round(time.perf_counter() - start, 2),
@@ -188,15 +224,21 @@ def trained_config(workdir: str):
 
 def write_inputs(run: Run) -> None:
     """Writes inputs.json: what predict needs of the data, which may be gone then."""
-    task = run.task
+    task, graph = run.task, run.task.graph
+    weighted = graph is not None and graph.dtype != bool
     content = {
         "label_names": task.dataset.label_names,
         "feature_names": task.dataset.feature_names,
         "embedding_width": int(task.meta.label_vectors.shape[1]),
+        "label_counts": task.meta.label_counts.tolist(),
+        "max_labels": task.meta.max_labels,
         "widths": task.widths,
         "graph": None
-        if task.graph is None
-        else [np.flatnonzero(row).tolist() for row in task.graph],
+        if graph is None
+        else [np.flatnonzero(row).tolist() for row in graph],
+        "graph_weights": [row[row != 0].tolist() for row in graph]
+        if weighted
+        else None,
     }
     path = os.path.join(run.workdir, "inputs.json")
     results.write_atomic(path, json.dumps(content) + "\n")
@@ -207,7 +249,7 @@ def chosen_params(workdir: str, like: PyTree) -> tuple[PyTree, int, list[dict]]:
 
     Args:
         workdir: of a run, finished or not.
-        like: a tree of the parameters' shapes and types.
+        like: a tree of the parameters' shapes and types; None for those of the file.
 
     Raises:
         RunError, CheckpointError: there is no checkpoint, or it is damaged.
@@ -218,7 +260,7 @@ def chosen_params(workdir: str, like: PyTree) -> tuple[PyTree, int, list[dict]]:
             raise RunError(f"{workdir} has no checkpoint yet: train there first")
         history = store.history(store.epochs[-1])
         best = choose_epoch(history)
-        return store.params(best, checkpoints.abstract(like)), best, history
+        return store.params(best, like), best, history
 
 
 def evaluate_checkpoint(workdir: str, data_dir: str | None, command: str) -> dict:
@@ -238,8 +280,8 @@ def evaluate_checkpoint(workdir: str, data_dir: str | None, command: str) -> dic
     config = trained_config(workdir)
     if data_dir:
         config.data.dir = data_dir
-    run = Run(config, workdir)
-    params, best, history = chosen_params(workdir, run.params)
+    run = Run(config, workdir, out_of_fold=_saved_out_of_fold(config, workdir))
+    params, best, history = chosen_params(workdir, run.system.like)
     row, text = run.finish(params, history, best, command)
     results.write_jsonl(os.path.join(workdir, "eval.jsonl"), [row])
     print(text)
@@ -247,6 +289,22 @@ def evaluate_checkpoint(workdir: str, data_dir: str | None, command: str) -> dic
     if before:
         print(_compare(before[-1], row))
     return row
+
+
+def out_of_fold_path(workdir: str) -> str:
+    """Where cross-fitting leaves its scores [N, L]."""
+    return os.path.join(workdir, "out_of_fold.npy")
+
+
+def _saved_out_of_fold(config, workdir: str) -> OutOfFold | None:
+    if not config.train.crossfit:
+        return None
+    path = out_of_fold_path(workdir)
+    try:
+        scores = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
+    return OutOfFold(scores, [], "")  # the history holds its curve
 
 
 def _compare(before: dict, now: dict) -> str:

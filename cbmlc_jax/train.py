@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
+from collections.abc import Callable
 
 import flax.struct
 import jax
@@ -13,11 +15,13 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from cbmlc_jax import checkpoints, evaluate, losses, optim, results, rngs
+from cbmlc_jax import checkpoints, losses, optim, results, rngs
 from cbmlc_jax import run as run_lib
 from cbmlc_jax.data import pipeline
-from cbmlc_jax.parallel import total
+from cbmlc_jax.models import OWN_OBJECTIVE
+from cbmlc_jax.parallel import gathered, total
 from cbmlc_jax.progress import Progress
+from cbmlc_jax.thresholds import Rates
 
 
 @flax.struct.dataclass
@@ -35,8 +39,25 @@ class TrainState:
     opt_state: PyTree
 
 
-def element_losses(settings, logits: Array, labels: Array) -> Array:
-    """The loss of config.loss, element by element, [B, L]."""
+def element_losses(
+    settings,
+    logits: Array,
+    labels: Array,
+    mask: Array,
+    epoch: Array,
+    rates: Rates,
+    gather: Callable,
+) -> Array:
+    """The loss of config.loss, element by element, [B, L].
+
+    Args:
+        settings: config.loss.
+        logits, labels: [B, L].
+        mask: [B] valid rows.
+        epoch: int32 [], from 0, for the losses that change their mind about labels.
+        rates: noise rates of the training labels, for `forward`.
+        gather: an array of this device -> those of all devices, for `large_loss`.
+    """
     if settings.name == "bce":
         return losses.bce(logits, labels)
     return losses.asl(
@@ -49,7 +70,15 @@ def element_losses(settings, logits: Array, labels: Array) -> Array:
     )
 
 
-def make_train_step(model, config, tx: optax.GradientTransformation, axis: str | None):
+def make_train_step(
+    model,
+    config,
+    tx: optax.GradientTransformation,
+    axis: str | None,
+    *,
+    steps_per_epoch: int,
+    rates: Rates,
+):
     """Builds `step(state, batch, constants) -> (state, {"loss", "examples"})`.
 
     The objective of the global batch, whatever the number of devices:
@@ -58,28 +87,44 @@ def make_train_step(model, config, tx: optax.GradientTransformation, axis: str |
             [divided by (valid rows) L for loss.reduction=mean]
         + lambda context_penalty
 
+    or, for a model with an objective of its own, sum_i loss_i [divided by the valid
+    rows].
+
     Args:
         model: linen module that returns `models.Outputs`.
         config: the run's config.
         tx: optimizer.
         axis: name of the device axis to sum over, or None.
+        steps_per_epoch: for the losses that know the epoch.
+        rates: noise rates of the training labels.
     """
     settings, weight = config.loss, config.model.intermediate_weight
     dropout_key = rngs.stream(config.seed, "dropout")
+    sample_key = rngs.stream(config.seed, "sample")
+    gather = functools.partial(gathered, axis=axis)
 
-    def data_loss(params, batch, graph, key):
+    def data_loss(params, batch, graph, step):
         outputs = model.apply(
             {"params": params},
             batch["tokens"],
             graph,
             batch["rows"],
-            rngs={"dropout": key},
+            batch["labels"],
+            rngs={
+                "dropout": jax.random.fold_in(dropout_key, step),
+                "sample": jax.random.fold_in(sample_key, step),
+            },
         )
+        if outputs.loss is not None:
+            return jnp.sum(jnp.where(batch["mask"], outputs.loss, 0.0))
         labels = batch["labels"].astype(outputs.logits.dtype)
 
         def summed(logits):
-            element = element_losses(settings, logits, labels)
-            return losses.total(element, batch["mask"])
+            mask, epoch = batch["mask"], step // steps_per_epoch
+            element = element_losses(
+                settings, logits, labels, mask, epoch, rates, gather
+            )
+            return losses.total(element, mask)
 
         loss = summed(outputs.logits)
         if outputs.intermediate is not None:
@@ -92,15 +137,16 @@ def make_train_step(model, config, tx: optax.GradientTransformation, axis: str |
         return settings.cb_weight * penalty
 
     def step(state: TrainState, batch, constants):
-        key = jax.random.fold_in(dropout_key, state.step)
         loss, grads = jax.value_and_grad(data_loss)(
-            state.params, batch, constants["graph"], key
+            state.params, batch, constants["graph"], state.step
         )
         examples = jnp.sum(batch["mask"])
         loss, grads, examples = total((loss, grads, examples), axis)
         if settings.reduction == "mean":
-            scale = 1 / (jnp.maximum(examples, 1) * batch["labels"].shape[-1])
-            loss, grads = jax.tree.map(lambda x: x * scale, (loss, grads))
+            terms = jnp.maximum(examples, 1)
+            if config.model.name not in OWN_OBJECTIVE:
+                terms *= batch["labels"].shape[-1]
+            loss, grads = jax.tree.map(lambda x: x / terms, (loss, grads))
         if settings.cb_weight:
             # Outside the sum over devices: the context term counts once.
             context, more = jax.value_and_grad(context_loss)(
@@ -115,43 +161,22 @@ def make_train_step(model, config, tx: optax.GradientTransformation, axis: str |
     return step
 
 
-def train_and_evaluate(config, workdir: str, command: str) -> dict | None:
-    """Trains, or resumes, and writes everything that the README lists to workdir.
-
-    Returns:
-        The result row, or None where the workdir holds a finished run already.
-
-    Raises:
-        RunError: the workdir is of another config, or the loss is not finite.
-        CheckpointError, DataError, EmbeddingError: see there.
-    """
-    if not run_lib.claim(config, workdir):
-        return None
-    run = run_lib.Run(config, workdir)
-    run_lib.write_inputs(run)
-    store = checkpoints.Checkpoints(os.path.join(workdir, "checkpoints"))
-    try:
-        state, history = _start(run, store)
-        history = _train(run, store, state, history)
-        best = run_lib.choose_epoch(history)
-        params = store.params(best, checkpoints.abstract(run.params))
-        row, text = run.finish(params, history, best, command)
-    finally:
-        store.close()
-    results.write_atomic(os.path.join(workdir, "report.txt"), text)
-    results.write_jsonl(os.path.join(workdir, "results.jsonl"), [row])
-    print(text)
-    return row
-
-
-def make_tx(config) -> optax.GradientTransformation:
+def make_tx(config, steps_per_epoch: int) -> optax.GradientTransformation:
     """The optimizer that config.optim describes."""
-    frozen = () if config.embeddings.trainable else ("label_embeddings",)
+    settings = config.optim
     return optim.make_optimizer(
-        learning_rate=config.optim.learning_rate,
-        weight_decay=config.optim.weight_decay,
-        decoupled=config.optim.decoupled,
-        frozen=frozen,
+        name=settings.name,
+        learning_rate=optim.decayed(
+            settings.learning_rate,
+            factor=settings.decay,
+            times=settings.decay_times,
+            steps=config.train.num_epochs * steps_per_epoch,
+        ),
+        beta2=settings.beta2,
+        clip_norm=settings.clip_norm,
+        weight_decay=settings.weight_decay,
+        decoupled=settings.decoupled,
+        frozen=() if config.embeddings.trainable else ("label_embeddings",),
     )
 
 
@@ -159,8 +184,9 @@ def _start(
     run: run_lib.Run, store: checkpoints.Checkpoints
 ) -> tuple[TrainState, list[dict]]:
     """A fresh state, or that of the newest checkpoint with its history."""
-    opt_state = make_tx(run.config).init(run.params)
-    state = TrainState(jnp.zeros((), jnp.int32), run.params, opt_state)
+    params = run.system.init()
+    tx = make_tx(run.config, _steps_per_epoch(run))
+    state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
     if not store.epochs:
         return state, []
     newest = store.epochs[-1]
@@ -172,19 +198,35 @@ def _start(
     return TrainState(rest["step"], params, rest["opt_state"]), history
 
 
-def _train(
-    run: run_lib.Run, store, state: TrainState, history: list[dict]
-) -> list[dict]:
-    """Trains the epochs that are left; returns the history of all."""
+def _steps_per_epoch(run: run_lib.Run) -> int:
+    return -(-len(run.task.train) // run.config.train.batch_size)
+
+
+def fit(run: run_lib.Run, store: checkpoints.Checkpoints) -> list[dict]:
+    """Trains the epochs that are left and saves them; returns the history of all.
+
+    Raises:
+        RunError: the loss is not finite.
+        CheckpointError: see there.
+    """
     from tensorboardX import SummaryWriter
 
-    config, task, devices = run.config, run.task, run.train_devices
+    state, history = _start(run, store)
+    config, task, devices = run.config, run.task, run.system.train_devices
+    steps_per_epoch = _steps_per_epoch(run)
     step = devices.compile(
-        make_train_step(run.model, config, make_tx(config), devices.axis), donate=True
+        make_train_step(
+            run.system.model,
+            config,
+            make_tx(config, steps_per_epoch),
+            devices.axis,
+            steps_per_epoch=steps_per_epoch,
+            rates=task.rates,
+        ),
+        donate=True,
     )
     constants = {"graph": task.graph, "word_vectors": task.meta.label_vectors}
-    steps_per_epoch = -(-len(task.train) // config.train.batch_size)
-    done, epochs = len(history), config.train.num_epochs
+    done, epochs = len(history), run.last_epoch
     state = devices.replicate(state)
     metrics_path = os.path.join(run.workdir, "metrics.jsonl")
     results.write_jsonl(metrics_path, history)
@@ -195,7 +237,7 @@ def _train(
         SummaryWriter(run.workdir, purge_step=done + 1 if done else None) as writer,
     ):
         for epoch in range(done + 1, epochs + 1):
-            if run_lib.out_of_patience(history, config.train.patience):
+            if run.out_of_patience(history):
                 break
             start = time.perf_counter()
             state, loss = _epoch(run, step, state, constants, epoch, progress)
@@ -223,17 +265,15 @@ def _train(
 
 def _select(run: run_lib.Run, state: TrainState, epoch: int) -> dict:
     """The selection score of an epoch that is to be evaluated, else None."""
-    settings, score = run.config.train, None
-    rule = settings.selection
-    due = epoch % settings.eval_every == 0 or epoch == settings.num_epochs
-    if due and rule != "last":
-        score, rule = evaluate.selection_score(run.validation(state.params), rule)
-    return {"rule": rule, "score": score}
+    settings = run.config.train
+    if epoch % settings.eval_every and epoch != run.last_epoch:
+        return {"rule": settings.selection, "score": None}
+    return run.select(run.system.train_devices.first(state.params), epoch)
 
 
 def _epoch(run: run_lib.Run, step, state, constants, epoch: int, progress: Progress):
     """One pass over the training rows; returns the state and the loss per row."""
-    config, task, devices = run.config, run.task, run.train_devices
+    config, task, devices = run.config, run.task, run.system.train_devices
     plan = pipeline.plan_batches(
         task.train.inputs.lengths,
         config.train.batch_size,
@@ -268,12 +308,10 @@ def _save(run: run_lib.Run, store, state: TrainState, history: list[dict]) -> No
     """Saves a due or best epoch; keeps the newest ones and the best."""
     settings, epoch = run.config.train, history[-1]["epoch"]
     best = run_lib.choose_epoch(history)
-    last = epoch == settings.num_epochs or run_lib.out_of_patience(
-        history, settings.patience
-    )
+    last = epoch == run.last_epoch or run.out_of_patience(history)
     if not (best == epoch or last or epoch % settings.checkpoint_every == 0):
         return
-    state = run.train_devices.first(state)
+    state = run.system.train_devices.first(state)
     rest = {"step": state.step, "opt_state": state.opt_state}
     store.save(epoch, state.params, rest, history)
     store.keep_only({*store.epochs[-settings.keep :], best})

@@ -7,7 +7,10 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
+
 from cbmlc_jax import config as config_lib
+from cbmlc_jax import models
 
 ROOT = pathlib.Path(__file__).parent.parent
 # One shape to compile, a model of a few thousand parameters, one device.
@@ -34,6 +37,12 @@ def tiny_config(**changes):
     config.update_from_flattened_dict(changes)
     config_lib.validate(config)
     return config
+
+
+def meta(num_features: int, vectors: np.ndarray) -> models.Meta:
+    """What a model knows of data with these word vectors [L, P]."""
+    labels = len(vectors)
+    return models.Meta(num_features, vectors, np.arange(labels, 0, -1), min(labels, 4))
 
 
 def flags(**changes) -> list[str]:

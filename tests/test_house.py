@@ -24,19 +24,20 @@ ALLOWED = PURE | {
     "data": {"data", "rngs"},
     "models": {"models"},
     "task": {"config", "data", "embeddings", "models", "noise", "rngs", "thresholds"},
-    "evaluate": {"data", "metrics", "parallel", "thresholds"},
+    "evaluate": {"metrics", "thresholds"},
+    "systems": {"data", "models", "parallel", "rngs"},
     "results": {"config", "metrics", "task", "thresholds"},
     "run": {
         "checkpoints",
         "config",
         "evaluate",
-        "models",
-        "parallel",
         "results",
-        "rngs",
+        "systems",
         "task",
+        "thresholds",
     },
-    "main": {"config", "errors", "predict", "run", "train"},
+    "fit": {"checkpoints", "results", "rngs", "run", "systems", "task", "train"},
+    "main": {"config", "errors", "fit", "predict", "run"},
 }
 
 

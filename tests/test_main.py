@@ -15,7 +15,7 @@ import pytest
 import running
 
 from cbmlc_jax import config as config_lib
-from cbmlc_jax import train
+from cbmlc_jax import fit
 
 CONFIGS = [
     (path, preset)
@@ -145,7 +145,7 @@ def test_every_config_trains_when_shrunk(path, preset, tmp_path):
     config.data.name, config.train.num_epochs = "synthetic", 1
     config.noise.kind = "none"
     config_lib.validate(config)
-    row = train.train_and_evaluate(config, str(tmp_path / "run"), "test")
+    row = fit.train_and_evaluate(config, str(tmp_path / "run"), "test")
     assert row["preset"] == preset and 0 < row["metrics"]["oracle"]["ebF1"] < 1
 
 

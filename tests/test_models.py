@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import running
 
 from cbmlc_jax import config as config_lib
-from cbmlc_jax import losses, models, optim, rngs, train
-from cbmlc_jax import run as run_lib
+from cbmlc_jax import losses, models, optim, rngs, systems, thresholds, train
 from cbmlc_jax.models import layers
 from cbmlc_jax.models.decoder import LabelGraphDecoder
 
@@ -64,7 +64,8 @@ def model_of(case: dict[str, np.ndarray]):
         ),
     )
     vectors = np.zeros((labels, width_in))
-    return models.create_model(settings, models.Meta(features, vectors))
+    config = SimpleNamespace(model=settings)
+    return models.create_model(config, running.meta(features, vectors))
 
 
 def graph_of(case: dict[str, np.ndarray]):
@@ -86,7 +87,7 @@ def test_forward_pass_is_that_of_the_reference(float64, name):
 @pytest.mark.parametrize("name", CASES)
 def test_initial_parameters_have_the_reference_names_and_shapes(name):
     case = golden_case(name)
-    params = run_lib.init_params(model_of(case), 0)
+    params = systems.init_params(model_of(case), 0)
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(
         jnp.shape, tree(case, "param")
     )
@@ -119,7 +120,14 @@ def test_training_step_has_the_loss_and_gradient_of_the_reference(float64, name)
     else:
         config.loss.name, config.loss.reduction = "bce", "mean"
     tx = _Gradients.transformation()
-    step = train.make_train_step(model, config, tx, axis=None)
+    step = train.make_train_step(
+        model,
+        config,
+        tx,
+        axis=None,
+        steps_per_epoch=1,
+        rates=thresholds.Rates(0.0, 0.0),
+    )
     state = train.TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
     batch = {
         "tokens": case["tokens"],
@@ -202,7 +210,7 @@ def small_model(num_labels: int, vectors: np.ndarray, **changes):
     config = config_lib.base()
     config.model.width, config.model.ffn_width = 8, 16
     config.model.update(changes)
-    return models.create_model(config.model, models.Meta(11, vectors))
+    return models.create_model(config, running.meta(11, vectors))
 
 
 def permute_labels(params: dict, order: np.ndarray) -> dict:
@@ -217,7 +225,7 @@ def test_permuted_labels_permute_the_logits():
     rng = np.random.default_rng(0)
     model = small_model(5, rng.normal(size=(5, 6)).astype(np.float32))
     tokens = rng.integers(1, 12, (3, 4))
-    params = run_lib.init_params(model, 0)
+    params = systems.init_params(model, 0)
     graph = rng.random((5, 5)) < 0.5
     graph |= np.eye(5, dtype=bool)
     order = np.array([3, 1, 4, 0, 2])
@@ -232,7 +240,7 @@ def test_permuted_labels_permute_the_logits():
 def test_set_encoder_ignores_order_and_padding():
     rng = np.random.default_rng(1)
     model = small_model(4, rng.normal(size=(4, 8)).astype(np.float32))
-    params = run_lib.init_params(model, 0)
+    params = systems.init_params(model, 0)
     tokens = np.array([[3, 7, 2, 9]])
     logits = model.apply({"params": params}, tokens).logits
     for same in ([[9, 3, 2, 7]], [[3, 7, 2, 9, 0, 0, 0]]):
@@ -244,7 +252,7 @@ def test_set_encoder_ignores_order_and_padding():
 
 def test_a_row_without_features_is_scored_the_same_at_any_padding():
     model = small_model(4, np.eye(4, 8, dtype=np.float32))
-    params = run_lib.init_params(model, 0)
+    params = systems.init_params(model, 0)
     short = model.apply({"params": params}, np.zeros((1, 3), int)).logits
     long = model.apply({"params": params}, np.zeros((1, 9), int)).logits
     assert np.isfinite(short).all()
@@ -253,7 +261,7 @@ def test_a_row_without_features_is_scored_the_same_at_any_padding():
 
 def test_label_nodes_start_at_the_word_vectors():
     vectors = np.random.default_rng(2).normal(size=(4, 6)).astype(np.float32)
-    params = run_lib.init_params(small_model(4, vectors), 0)
+    params = systems.init_params(small_model(4, vectors), 0)
     np.testing.assert_array_equal(params["decoder"]["label_embeddings"], vectors)
     assert params["decoder"]["input_map"].shape == (6, 8)
 
@@ -262,8 +270,8 @@ def test_initial_distributions():
     vectors = np.zeros((50, 64), np.float32)
     config = config_lib.base()
     config.model.width = 64
-    model = models.create_model(config.model, models.Meta(2000, vectors))
-    params = run_lib.init_params(model, 0)
+    model = models.create_model(config, running.meta(2000, vectors))
+    params = systems.init_params(model, 0)
     attention = params["decoder"]["block_0"]["cross"]["attention"]
     for name in ("query", "key", "value"):
         assert np.std(attention[name]) == pytest.approx((2 / (64 + 16)) ** 0.5, rel=0.1)
@@ -288,16 +296,16 @@ def test_initial_distributions():
 )
 def test_parameter_counts(changes, count):
     model = small_model(5, np.zeros((5, 6), np.float32), **changes)
-    params = run_lib.init_params(model, 0)
+    params = systems.init_params(model, 0)
     assert sum(x.size for x in jax.tree.leaves(params)) == count
 
 
 def test_full_size_parameter_count_on_bibtex():
     """1,836 features and 159 labels with 300-d vectors, as in the paper."""
     config = config_lib.base()
-    meta = models.Meta(1836, np.zeros((159, 300), np.float32))
-    model = models.create_model(config.model, meta)
-    shapes = jax.eval_shape(lambda: run_lib.init_params(model, 0))
+    meta = running.meta(1836, np.zeros((159, 300), np.float32))
+    model = models.create_model(config, meta)
+    shapes = jax.eval_shape(lambda: systems.init_params(model, 0))
     block = 4 * 300 * 300 + (300 * 600 + 600 + 600 * 300 + 300) + 4 * 300
     expected = 1836 * 300 + 2 * block + 4 * block + 2 * 159 * 300
     assert sum(x.size for x in jax.tree.leaves(shapes)) == expected == 4_978_800
@@ -377,7 +385,7 @@ def test_adam_with_coupled_or_decoupled_decay_by_hand(decoupled):
 def test_intermediate_losses_leave_the_readout_alone():
     """Only the final logits move W; with the final loss removed its gradient is 0."""
     model = small_model(4, np.eye(4, 8, dtype=np.float32))
-    params = run_lib.init_params(model, 0)
+    params = systems.init_params(model, 0)
     tokens = np.array([[1, 2, 3]])
 
     def intermediate_loss(params):

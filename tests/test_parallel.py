@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import running
 
 from cbmlc_jax import config as config_lib
-from cbmlc_jax import models, parallel, train
-from cbmlc_jax import run as run_lib
+from cbmlc_jax import models, parallel, systems, thresholds, train
 from cbmlc_jax.data import pipeline
 from cbmlc_jax.data.dataset import Ragged
 
@@ -42,15 +42,24 @@ def trajectory(num_devices: int, reduction: str):
     inputs = Ragged.from_rows([rng.permutation(FEATURES)[:n] for n in lengths])
     labels = (rng.random((21, LABELS)) < 0.4).astype(np.uint8)
     vectors = rng.normal(size=(LABELS, 5))
-    model = models.create_model(config.model, models.Meta(FEATURES, vectors))
+    model = models.create_model(config, running.meta(FEATURES, vectors))
     params = jax.tree.map(
-        lambda x: jnp.asarray(x, jnp.float64), run_lib.init_params(model, 0)
+        lambda x: jnp.asarray(x, jnp.float64), systems.init_params(model, 0)
     )
     devices = parallel.Devices(tuple(jax.devices()[:num_devices]))
-    tx = train.make_tx(config)
+    tx = train.make_tx(config, steps_per_epoch=3)
     state = train.TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
     state = devices.replicate(state)
-    step = devices.compile(train.make_train_step(model, config, tx, devices.axis))
+    step = devices.compile(
+        train.make_train_step(
+            model,
+            config,
+            tx,
+            devices.axis,
+            steps_per_epoch=3,
+            rates=thresholds.Rates(0.05, 0.3),
+        )
+    )
     constants = {"graph": None, "word_vectors": vectors + 1.0}
     losses = []
     while len(losses) < STEPS:

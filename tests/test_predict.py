@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import running
 
-from cbmlc_jax import predict, results, thresholds, train
+from cbmlc_jax import fit, predict, results, thresholds
 from cbmlc_jax import run as run_lib
 from cbmlc_jax import task as task_lib
 from cbmlc_jax.data.dataset import DataError
@@ -21,7 +21,7 @@ def trained(tmp_path_factory) -> pathlib.Path:
     config = running.tiny_config(
         **{"train.num_epochs": 2, "model.label_graph": "cooccurrence"}
     )
-    train.train_and_evaluate(config, str(workdir), "test")
+    fit.train_and_evaluate(config, str(workdir), "test")
     return workdir
 
 
@@ -83,7 +83,7 @@ def test_every_form_of_input_gives_the_scores_of_the_evaluation(
         str(trained),
     )
     predictor = predict.Predictor(str(trained))
-    expected = run.scorer(predictor._params, task.test.inputs.take(np.arange(7)))
+    expected = run.system.scores(predictor._params, task.test.inputs.take(np.arange(7)))
     [row] = results.read_jsonl(str(trained / "results.jsonl"))
     threshold = row["thresholds"]["corrected_val"]["miF1"]
     for form in ("ids", "words", "arff"):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import running
 
-from cbmlc_jax import checkpoints, evaluate, results, thresholds, train
+from cbmlc_jax import checkpoints, evaluate, fit, results, thresholds
 from cbmlc_jax import config as config_lib
 from cbmlc_jax import run as run_lib
 
@@ -27,7 +27,7 @@ def finished(tmp_path_factory) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp("runs") / "finished"
     config = running.tiny_config(**{"train.num_epochs": 3, "train.keep": 3})
     config.eval.per_label_thresholds = True
-    train.train_and_evaluate(config, str(workdir), "test")
+    fit.train_and_evaluate(config, str(workdir), "test")
     return workdir
 
 
@@ -40,7 +40,7 @@ def saved_params(workdir: pathlib.Path, epoch: int) -> list[np.ndarray]:
     store = checkpoints.Checkpoints(str(workdir / "checkpoints"), read_only=True)
     config = config_lib.restore(run_lib.saved_config(str(workdir)))
     run = run_lib.Run(config, str(workdir))
-    params = store.params(epoch, checkpoints.abstract(run.params))
+    params = store.params(epoch, run.system.like)
     store.close()
     return [np.asarray(x) for x in jax.tree.leaves(params)]
 
@@ -97,7 +97,7 @@ def test_report_says_what_the_row_says(finished):
 def test_a_finished_run_is_left_alone(copy, capsys):
     before = (copy / "results.jsonl").read_bytes()
     config = config_lib.restore(run_lib.saved_config(str(copy)))
-    assert train.train_and_evaluate(config, str(copy), "again") is None
+    assert fit.train_and_evaluate(config, str(copy), "again") is None
     assert (copy / "results.jsonl").read_bytes() == before
 
 
@@ -105,7 +105,7 @@ def test_a_workdir_of_another_config_is_refused(copy):
     config = config_lib.restore(run_lib.saved_config(str(copy)))
     config.loss.gamma_neg, config.seed, config.train.progress = 4.0, 5, True
     with pytest.raises(run_lib.RunError) as caught:
-        train.train_and_evaluate(config, str(copy), "")
+        fit.train_and_evaluate(config, str(copy), "")
     assert "loss.gamma_neg, seed." in str(caught.value)
     assert "progress" not in str(caught.value)
 
@@ -264,7 +264,7 @@ def test_no_run_and_no_checkpoint(tmp_path, copy):
 def test_a_diverging_run_says_so(tmp_path):
     config = running.tiny_config(**{"optim.learning_rate": 1e30})
     with pytest.raises(run_lib.RunError, match=r"not finite .*learning_rate"):
-        train.train_and_evaluate(config, str(tmp_path / "run"), "test")
+        fit.train_and_evaluate(config, str(tmp_path / "run"), "test")
 
 
 def line(epoch: int, score: float | None, rule: str = "noisy_val") -> dict:
@@ -290,7 +290,7 @@ def test_patience_stops_a_run_and_keeps_the_best(tmp_path):
     config = running.tiny_config(
         **{"train.num_epochs": 40, "train.patience": 2, "optim.learning_rate": 0.1}
     )
-    row = train.train_and_evaluate(config, str(tmp_path / "run"), "test")
+    row = fit.train_and_evaluate(config, str(tmp_path / "run"), "test")
     history = results.read_jsonl(str(tmp_path / "run" / "metrics.jsonl"))
     assert len(history) == row["epoch"] + 2 < 40
     kept = {int(p.name) for p in (tmp_path / "run" / "checkpoints").glob("[0-9]*")}
@@ -301,7 +301,7 @@ def test_the_last_epoch_can_be_the_rule(tmp_path):
     config = running.tiny_config(
         **{"train.num_epochs": 2, "train.selection": "last", "train.eval_every": 2}
     )
-    row = train.train_and_evaluate(config, str(tmp_path / "run"), "test")
+    row = fit.train_and_evaluate(config, str(tmp_path / "run"), "test")
     assert row["epoch"] == 2 and row["selection"]["score"] is None
     assert "epoch 2, the last one" in (tmp_path / "run" / "report.txt").read_text()
 
@@ -310,15 +310,15 @@ def test_fixed_embeddings_stay_at_the_word_vectors(tmp_path):
     config = running.tiny_config(
         **{"train.num_epochs": 1, "embeddings.trainable": False}
     )
-    train.train_and_evaluate(config, str(tmp_path / "run"), "test")
+    fit.train_and_evaluate(config, str(tmp_path / "run"), "test")
     run = run_lib.Run(config, "")
     store = checkpoints.Checkpoints(str(tmp_path / "run" / "checkpoints"), True)
-    params = store.params(1, checkpoints.abstract(run.params))
+    params = store.params(1, run.system.like)
     store.close()
     np.testing.assert_array_equal(
         params["decoder"]["label_embeddings"], run.task.meta.label_vectors
     )
-    assert np.any(params["readout"] != run.params["readout"])
+    assert np.any(params["readout"] != run.system.init()["readout"])
 
 
 def test_two_devices_train_as_one(tmp_path):
@@ -328,7 +328,7 @@ def test_two_devices_train_as_one(tmp_path):
             **{"train.num_epochs": 1, "train.num_devices": n, "noise.kind": "none"}
         )
         workdir = tmp_path / str(n)
-        train.train_and_evaluate(config, str(workdir), "test")
+        fit.train_and_evaluate(config, str(workdir), "test")
         rows += results.read_jsonl(str(workdir / "metrics.jsonl"))
     assert math.isclose(rows[0]["loss"], rows[1]["loss"], rel_tol=1e-4)
 

@@ -1,14 +1,15 @@
-"""TensorFlow Datasets builders of bibtex and delicious; TensorFlow itself is not used.
+"""TensorFlow Datasets builders of the text data sets, without TensorFlow itself.
 
     builder = Bibtex(file_format="array_record")
     builder.download_and_prepare()
     builder.as_data_source("train")[0]  # {"features": int32 [n], "labels": int32 [m]}
 
-`cbmlc_jax.data.mulan.load` is the way in for the rest of the package.
+`load` of `mulan` and `reuters` is the way in for the rest of the package.
 """
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import os
 import sys
@@ -18,7 +19,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core import constants
 
-from cbmlc_jax.data import mulan
+from cbmlc_jax.data import mulan, reuters
 from cbmlc_jax.data.dataset import DataError, Dataset, Ragged, Split
 
 
@@ -29,21 +30,27 @@ class _Info(tfds.core.DatasetInfo):
         pass
 
 
-class _Mulan(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Sparse binary rows, official split; names of labels and features as metadata."""
+class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Rows of ids, official split; names of labels and features as metadata."""
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "Official train and test split, features and label ids."}
     DESCRIPTION = ""
+    HOMEPAGE = ""
     CITATION = ""
+    BASE_URL = ""
     # Where the base class looks for checksums and texts; to find out, it would need
     # importlib_resources, which it does not require.
     code_path = None
 
-    def __init__(self, *, base_url: str = mulan.BASE_URL, **kwargs):
-        """As the base class; `base_url` is where `<name>/<file>` is downloaded from."""
-        self._base_url = base_url
+    def __init__(self, *, base_url: str | None = None, **kwargs):
+        """As the base class; `base_url` stands in for the published address."""
+        self._base_url = base_url or self.BASE_URL
         super().__init__(**kwargs)
+
+    @abc.abstractmethod
+    def _download(self, folder: str) -> Dataset:
+        """Fetches what `folder` lacks and reads it."""
 
     def _info(self) -> tfds.core.DatasetInfo:
         ids = tfds.features.Tensor(shape=(None,), dtype=np.int32)
@@ -51,7 +58,7 @@ class _Mulan(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             builder=self,
             description=self.DESCRIPTION,
             features=tfds.features.FeaturesDict({"features": ids, "labels": ids}),
-            homepage="http://mulan.sourceforge.net/datasets-mlc.html",
+            homepage=self.HOMEPAGE,
             citation=self.CITATION,
             metadata=tfds.core.MetadataDict(),
             # The order of the rows is part of a Dataset's fingerprint.
@@ -61,9 +68,7 @@ class _Mulan(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _split_generators(self, dl_manager: tfds.download.DownloadManager):
         # The download manager has no time-out, no bound on the size, and keeps what it
         # got when a checksum is wrong.
-        folder = os.fspath(dl_manager.download_dir)
-        mulan.download(self.name, folder, self._base_url)
-        dataset = mulan.load_folder(self.name, folder)
+        dataset = self._download(os.fspath(dl_manager.download_dir))
         self.info.metadata.update(
             label_names=dataset.label_names,
             feature_names=dataset.feature_names,
@@ -86,6 +91,15 @@ class _Mulan(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                     "labels": np.flatnonzero(labels).astype(np.int32),
                 },
             )
+
+
+class _Mulan(_Builder, skip_registration=True):
+    HOMEPAGE = "http://mulan.sourceforge.net/datasets-mlc.html"
+    BASE_URL = mulan.BASE_URL
+
+    def _download(self, folder: str) -> Dataset:
+        mulan.download(self.name, folder, self._base_url)
+        return mulan.load_folder(self.name, folder)
 
 
 class Bibtex(_Mulan):
@@ -120,24 +134,48 @@ class Delicious(_Mulan):
 }"""
 
 
-BUILDERS = {"bibtex": Bibtex, "delicious": Delicious}
+class Reuters21578(_Builder):
+    """Newswire stories of 1987 and their topics."""
+
+    name = "reuters"
+    # Tokens and vocabulary are part of what is kept: a change of them is a new version.
+    RELEASE_NOTES = {"1.0.0": "ModApte split, 90 topics, word ids in document order."}
+    DESCRIPTION = (
+        "Reuters-21578, Distribution 1.0, ModApte split: stories as word ids and their "
+        "90 topics; 7,770 training and 3,019 test documents."
+    )
+    HOMEPAGE = "https://www.daviddlewis.com/resources/testcollections/reuters21578/"
+    CITATION = """@misc{lewis1997reuters,
+  title = {{Reuters-21578} Text Categorization Collection, Distribution 1.0},
+  author = {Lewis, David D.},
+  year = {1997},
+  doi = {10.24432/C52G6M}
+}"""
+    BASE_URL = reuters.BASE_URL
+
+    def _download(self, folder: str) -> Dataset:
+        reuters.download(folder, self._base_url)
+        return reuters.load_folder(folder)
+
+
+BUILDERS = {"bibtex": Bibtex, "delicious": Delicious, "reuters": Reuters21578}
 # The only format that is written and read without TensorFlow.
 _FORMAT = {"file_format": "array_record"}
 
 
-def load(name: str, cache_dir: str | None, base_url: str = mulan.BASE_URL) -> Dataset:
+def load(name: str, cache_dir: str | None, base_url: str | None = None) -> Dataset:
     """Reads the prepared data set; downloads and prepares it where it is not there.
 
     Args:
-        name: "bibtex" or "delicious".
+        name: "bibtex", "delicious" or "reuters".
         cache_dir: of TensorFlow Datasets; None for its default.
-        base_url: where `<name>/<file>` is downloaded from.
+        base_url: of the download; None for the published address.
 
     Raises:
         DataError: no download, or a prepared data set that is broken.
     """
     cache_dir = os.path.expanduser(cache_dir or constants.DATA_DIR)
-    folder = os.path.join(cache_dir, name, str(_Mulan.VERSION))
+    folder = os.path.join(cache_dir, name, str(BUILDERS[name].VERSION))
     if not os.path.isdir(folder):
         _prepare(BUILDERS[name](data_dir=cache_dir, base_url=base_url, **_FORMAT))
     try:
@@ -150,7 +188,7 @@ def load(name: str, cache_dir: str | None, base_url: str = mulan.BASE_URL) -> Da
         ) from error
 
 
-def _prepare(builder: _Mulan) -> None:
+def _prepare(builder: _Builder) -> None:
     options = tfds.download.DownloadConfig(try_download_gcs=False)
     try:
         # What it prints is no output of the program.
@@ -162,7 +200,7 @@ def _prepare(builder: _Mulan) -> None:
             raise
 
 
-def _read(builder: _Mulan) -> Dataset:
+def _read(builder: _Builder) -> Dataset:
     names = builder.info.metadata
     width = len(names["label_names"])
     train, test = (_split(builder.as_data_source(s), width) for s in ("train", "test"))

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Sequence
 
 import numpy as np
+import scipy.sparse
 
 
 class DataError(ValueError):
@@ -51,6 +52,18 @@ class Ragged:
         # Position inside the result minus the row's start there, plus its start here.
         shift = np.repeat(self.offsets[:-1][rows] - offsets[:-1], lengths)
         return Ragged(self.values[np.arange(offsets[-1]) + shift], offsets)
+
+    def csr(self, num_ids: int) -> scipy.sparse.csr_array:
+        """float32 [N, num_ids]: how often each id stands in each row."""
+        # 32-bit offsets: scikit-learn reads no others.
+        parts = (
+            np.ones(len(self.values), np.float32),
+            self.values.copy(),
+            self.offsets.astype(np.int32),
+        )
+        matrix = scipy.sparse.csr_array(parts, shape=(len(self), num_ids))
+        matrix.sum_duplicates()
+        return matrix
 
     def padded(self, rows: np.ndarray, width: int) -> np.ndarray:
         """int32 [len(rows), width]: ids + 1, then zeros.

@@ -54,7 +54,7 @@ FILES = {
 }
 STALLED = 30  # seconds without a byte
 TOO_SLOW = 600  # seconds for one file
-_OR_FOLDER = "set config.data.dir or CBMLC_DATA_DIR to a folder that holds"
+OR_FOLDER = "set config.data.dir or CBMLC_DATA_DIR to a folder that holds"
 
 
 def load(
@@ -93,7 +93,7 @@ def load_folder(name: str, folder: str) -> Dataset:
     for path in paths:
         if not os.path.isfile(path):
             raise DataError(
-                f"there is no {path}; {_OR_FOLDER} mulan/{name}/, or unset both to "
+                f"there is no {path}; {OR_FOLDER} mulan/{name}/, or unset both to "
                 "download the data set"
             )
     dataset = arff.read_mulan(name, *paths)
@@ -114,25 +114,37 @@ def download(name: str, folder: str, base_url: str = BASE_URL) -> None:
     Raises:
         DataError: a file cannot be had, or is not the published one.
     """
-    for path, (size, sha256) in zip(
-        _paths(name, folder), FILES[name].values(), strict=True
-    ):
-        if os.path.isfile(path) and _sha256(path) == sha256:
-            continue
-        file = os.path.basename(path)
-        url = f"{base_url}/{name}/{file}"
-        try:
-            body = _fetch(url, size)
-            if hashlib.sha256(body).hexdigest() != sha256:
-                raise DataError("it is not the published file (its sha256 differs)")
-        # URLError is an OSError, as is a time-out.
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise DataError(
-                f"cannot download {url}: {error}; try again later, or {_OR_FOLDER} "
-                f"mulan/{name}/{file}"
-            ) from error
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        _write(path, body)
+    for file, (size, sha256) in FILES[name].items():
+        target = f"mulan/{name}/{file}"
+        fetch_file(f"{base_url}/{name}/{file}", folder, target, size, sha256)
+
+
+def fetch_file(url: str, folder: str, target: str, size: int, sha256: str) -> None:
+    """Downloads a published file to `<folder>/<target>` unless it is there already.
+
+    Args:
+        url: of the file.
+        folder: a data folder.
+        target: of the file in a data folder; folders on the way are made.
+        size, sha256: of the published bytes; no others are accepted.
+
+    Raises:
+        DataError: the file cannot be had, or is not the published one.
+    """
+    path = os.path.join(folder, target)
+    if os.path.isfile(path) and _sha256(path) == sha256:
+        return
+    try:
+        body = _fetch(url, size)
+        if hashlib.sha256(body).hexdigest() != sha256:
+            raise DataError("it is not the published file (its sha256 differs)")
+    # URLError is an OSError, as is a time-out.
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise DataError(
+            f"cannot download {url}: {error}; try again later, or {OR_FOLDER} {target}"
+        ) from error
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    _write(path, body)
 
 
 def _paths(name: str, folder: str) -> list[str]:

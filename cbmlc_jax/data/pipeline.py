@@ -16,7 +16,7 @@ def load(name: str, folder: str | None = None) -> Dataset:
     """Reads a data set by its registry name.
 
     Args:
-        name: "synthetic", "bibtex" or "delicious".
+        name: "synthetic", "bibtex", "delicious" or "reuters".
         folder: a data folder; None for the prepared cache or the download.
 
     Raises:
@@ -31,6 +31,10 @@ def load(name: str, folder: str | None = None) -> Dataset:
         from cbmlc_jax.data import mulan
 
         return mulan.load(name, folder)
+    if name == "reuters":
+        from cbmlc_jax.data import reuters
+
+        return reuters.load(folder)
     raise DataError(f"unknown data set {name!r}")
 
 

@@ -8,11 +8,20 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from cbmlc_jax.models.cbmlc import CbMLC, Outputs
+from cbmlc_jax.models.cbmlc import CbMLC
 from cbmlc_jax.models.decoder import LabelGraphDecoder
-from cbmlc_jax.models.encoders import SetEncoder
+from cbmlc_jax.models.encoders import TokenEncoder
+from cbmlc_jax.models.outputs import Outputs
 
-__all__ = ["MODELS", "ENCODERS", "Meta", "Outputs", "create_model"]
+__all__ = [
+    "ENCODERS",
+    "MODELS",
+    "READS_LABEL_VECTORS",
+    "OWN_OBJECTIVE",
+    "Meta",
+    "Outputs",
+    "create_model",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,14 +31,19 @@ class Meta:
     Attributes:
         num_features: F, size of the input vocabulary.
         label_vectors: float32 [L, P] word vectors of the labels.
+        label_counts: int64 [L] positives of each label in the noisy training rows.
+        max_labels: the most labels that a training row has.
     """
 
     num_features: int
     label_vectors: np.ndarray
+    label_counts: np.ndarray
+    max_labels: int
 
 
-def _set_encoder(settings, meta: Meta) -> nn.Module:
-    return SetEncoder(
+def _token_encoder(config, meta: Meta) -> nn.Module:
+    settings = config.model
+    return TokenEncoder(
         num_tokens=meta.num_features,
         width=settings.width,
         num_blocks=settings.encoder.layers,
@@ -38,16 +52,21 @@ def _set_encoder(settings, meta: Meta) -> nn.Module:
         dropout=settings.dropout,
         self_attention=settings.encoder.self_attention,
         embedding_std=settings.encoder.embedding_std,
+        positions=settings.encoder.name == "sequence",
     )
 
 
-ENCODERS = {"set": _set_encoder}
+ENCODERS = {"set": _token_encoder, "sequence": _token_encoder}
 
 
-def _cbmlc(settings, meta: Meta) -> nn.Module:
-    vectors = meta.label_vectors
+def _encoder(config, meta: Meta) -> nn.Module:
+    return ENCODERS[config.model.encoder.name](config, meta)
+
+
+def _cbmlc(config, meta: Meta) -> nn.Module:
+    settings, vectors = config.model, meta.label_vectors
     return CbMLC(
-        encoder=ENCODERS[settings.encoder.name](settings, meta),
+        encoder=_encoder(config, meta),
         decoder=LabelGraphDecoder(
             num_labels=vectors.shape[0],
             embedding_width=vectors.shape[1],
@@ -63,9 +82,15 @@ def _cbmlc(settings, meta: Meta) -> nn.Module:
     )
 
 
-MODELS = {"cbmlc": _cbmlc}
+# LaMP is CbMLC's modules with the settings of config.PUBLISHED: no word vectors, BCE,
+# the graph of co-occurrences.
+MODELS = {"cbmlc": _cbmlc, "lamp": _cbmlc}
+# Models with `Outputs.loss`; config.loss.name is not theirs.
+OWN_OBJECTIVE = ()
+# Models that start at word vectors of the labels; the others need none.
+READS_LABEL_VECTORS = ("cbmlc", "lamp")
 
 
-def create_model(settings, meta: Meta) -> nn.Module:
-    """The linen module that `settings` (config.model) describes."""
-    return MODELS[settings.name](settings, meta)
+def create_model(config, meta: Meta) -> nn.Module:
+    """The linen module that config.model names."""
+    return MODELS[config.model.name](config, meta)

@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, UInt32
+from jaxtyping import Array, Bool, UInt8, UInt32
 
 from cbmlc_jax.models import decoder
-
-
-class Outputs(NamedTuple):
-    """What a neural model returns.
-
-    Attributes:
-        logits: [B, L].
-        intermediate: [2T - 1, B, L], the logits after each update but the last, with
-            no gradient to the readout weights; or None.
-    """
-
-    logits: Float[Array, "batch labels"]
-    intermediate: Float[Array, "updates batch labels"] | None = None
+from cbmlc_jax.models.outputs import Outputs
 
 
 class CbMLC(nn.Module):
@@ -46,6 +32,7 @@ class CbMLC(nn.Module):
         tokens: Array,
         graph: Bool[Array, "labels labels"] | None = None,
         rows: UInt32[Array, " batch"] | None = None,
+        labels: UInt8[Array, "batch labels"] | None = None,
     ) -> Outputs:
         """Scores the labels of a batch.
 
@@ -53,6 +40,7 @@ class CbMLC(nn.Module):
             tokens: the encoder's input, [B, S] ids.
             graph: [L, L] label graph, None is complete.
             rows: [B] row numbers of the global batch for dropout; None for none.
+            labels: not read; models with an objective of their own take them here.
         """
         memory, valid = self.encoder(tokens, rows)
         initial, states = self.decoder(memory, valid, graph, rows)

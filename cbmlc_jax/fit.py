@@ -1,0 +1,141 @@
+"""From a config to a result row: the only way in which any model is fitted.
+
+Neural models train (train.py), estimators are fitted once for each candidate setting;
+both leave a history, of epochs or of candidates, from which the validation score
+chooses.  Cross-fitting runs either of them on K folds and once more on all rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+
+import numpy as np
+
+from cbmlc_jax import checkpoints, results, rngs, systems, train
+from cbmlc_jax import run as run_lib
+from cbmlc_jax import task as task_lib
+
+
+def train_and_evaluate(config, workdir: str, command: str) -> dict | None:
+    """Fits, or resumes, and writes everything that the README lists to workdir.
+
+    Returns:
+        The result row, or None where the workdir holds a finished run already.
+
+    Raises:
+        RunError: the workdir is of another config, or the loss is not finite.
+        CheckpointError, DataError, EmbeddingError: see there.
+    """
+    if not run_lib.claim(config, workdir):
+        return None
+    run = run_lib.Run(config, workdir)
+    run_lib.write_inputs(run)
+    if config.train.crossfit:
+        run = _cross_fit(run)
+    history = fit(run)
+    params, best, _ = run_lib.chosen_params(workdir, run.system.like)
+    row, text = run.finish(params, history, best, command)
+    results.write_atomic(os.path.join(workdir, "report.txt"), text)
+    results.write_jsonl(os.path.join(workdir, "results.jsonl"), [row])
+    print(text)
+    return row
+
+
+def fit(run: run_lib.Run) -> list[dict]:
+    """Fits what is not fitted yet into the run's checkpoints; returns the history."""
+    folder = os.path.join(run.workdir, "checkpoints")
+    with contextlib.closing(checkpoints.Checkpoints(folder)) as store:
+        if isinstance(run.system, systems.Neural):
+            return train.fit(run, store)
+        return _search(run, store)
+
+
+def _search(run: run_lib.Run, store: checkpoints.Checkpoints) -> list[dict]:
+    """Fits an estimator's candidates and saves the best one.
+
+    The history has a line for each candidate; `epoch` is its number, from 1.
+    """
+    if store.epochs:
+        return store.history(store.epochs[-1])
+    inputs = run.system.inputs(run.task.train.inputs)
+    history, best = [], None
+    for number, (settings, estimator) in enumerate(run.system.candidates, 1):
+        start = time.perf_counter()
+        params = None
+        if run.out_of_fold is None:
+            params = estimator.fit(inputs, run.task.train.labels)
+        line = {
+            "epoch": number,
+            "settings": settings,
+            "selection": run.select(params, number),
+            "seconds": round(time.perf_counter() - start, 2),
+        }
+        history.append(line)
+        if run_lib.choose_epoch(history) == number:
+            best = params
+        if run.config.train.progress:
+            _show(line)
+    chosen = run_lib.choose_epoch(history)
+    if run.out_of_fold is not None:  # the folds have chosen: one fit is enough
+        start = time.perf_counter()
+        best = run.system.candidates[chosen - 1][1].fit(inputs, run.task.train.labels)
+        history[chosen - 1]["seconds"] = round(time.perf_counter() - start, 2)
+    store.save(chosen, best, {"candidate": np.array(chosen)}, history)
+    results.write_jsonl(os.path.join(run.workdir, "metrics.jsonl"), history)
+    return history
+
+
+def _show(line: dict) -> None:
+    settings = ", ".join(f"{k} {v:g}" for k, v in line["settings"].items())
+    score = line["selection"]["score"]
+    text = settings or "fitted"
+    if score is not None:
+        text += f": {line['selection']['rule']} miF1 {score:.4f}"
+    print(f"{text}, {line['seconds']:.1f} s", flush=True)
+
+
+def folds(rows: int, number: int, seed: int) -> list[np.ndarray]:
+    """Cuts the row numbers into `number` random parts of like size, each sorted."""
+    order = rngs.generator(seed, "folds").permutation(rows)
+    return [np.sort(order[i::number]) for i in range(number)]
+
+
+def _cross_fit(run: run_lib.Run) -> run_lib.Run:
+    """Scores every training row by a model that did not see it.
+
+    Fold k of K is a run of its own in `folds/k` (so that an interrupted one resumes):
+    the rows of the fold validate, the others train.  Their mean selection score of
+    each epoch (or candidate) chooses the one for the model on all rows.
+
+    Returns:
+        The run on all rows, with these scores in the place of validation scores.
+    """
+    task, config = run.task, run.config
+    number = config.train.crossfit
+    scores, curves = None, []
+    for k, held_out in enumerate(
+        folds(len(task.noisy), number, config.data.split_seed)
+    ):
+        workdir = os.path.join(run.workdir, "folds", str(k + 1))
+        os.makedirs(workdir, exist_ok=True)
+        if config.train.progress:
+            print(f"fold {k + 1} of {number}", flush=True)
+        part = run_lib.Run(config, workdir, task_lib.fold(config, task, held_out))
+        history = fit(part)
+        params, _, _ = run_lib.chosen_params(workdir, part.system.like)
+        values = part.system.scores(params, part.task.validation.inputs)
+        if scores is None:
+            scores = np.empty((len(task.noisy), values.shape[1]), np.float32)
+        scores[held_out] = values
+        curves.append([line["selection"]["score"] for line in history])
+        rule = history[-1]["selection"]["rule"]
+    length = min(len(c) for c in curves)  # the folds' patience may differ
+    curve = [
+        None if None in column else float(np.mean(column))
+        for column in zip(*(c[:length] for c in curves), strict=True)
+    ]
+    results.write_array(run_lib.out_of_fold_path(run.workdir), scores)
+    found = run_lib.OutOfFold(scores, curve, rule)
+    return run_lib.Run(config, run.workdir, task, found)

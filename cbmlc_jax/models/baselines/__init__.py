@@ -1,0 +1,48 @@
+"""The systems that CbMLC is compared with, one file each.
+
+This registry is of those that are fitted in one call; the neural ones are in
+`models.MODELS`.
+"""
+
+from __future__ import annotations
+
+from cbmlc_jax.models.baselines.estimator import Estimator
+from cbmlc_jax.models.baselines.label_prior import LabelPrior
+from cbmlc_jax.models.baselines.logistic_regression import LogisticRegression
+from cbmlc_jax.models.baselines.lr_knn import LRkNN
+
+# C of logistic regression, one of which validation chooses.
+COSTS = (0.1, 0.3, 1.0, 3.0, 10.0)
+# Settings and the estimator that has them.
+Candidates = list[tuple[dict[str, float], Estimator]]
+# Published with a rule of their own: a label holds where its score is above one half.
+DECIDES_AT_HALF = ("mlknn",)
+
+
+def _costs(config) -> tuple[float, ...]:
+    cost = config.logistic_regression.cost
+    return COSTS if cost is None else (cost,)
+
+
+def _logistic_regression(config) -> Candidates:
+    return [({"cost": c}, LogisticRegression(c)) for c in _costs(config)]
+
+
+def _lr_knn(config) -> Candidates:
+    settings = config.lr_knn
+    neighbours = settings.neighbours
+    if neighbours is None:
+        neighbours = 15 if config.noise.kind == "none" else 25
+    return [({"cost": c}, LRkNN(c, neighbours, settings.vote)) for c in _costs(config)]
+
+
+ESTIMATORS = {
+    "label_prior": lambda config: [({}, LabelPrior())],
+    "logistic_regression": _logistic_regression,
+    "lr_knn": _lr_knn,
+}
+
+
+def candidates(config) -> Candidates:
+    """The estimators that config.model.name stands for; validation chooses one."""
+    return ESTIMATORS[config.model.name](config)

@@ -1,0 +1,195 @@
+"""Estimators and cross-fitting through the one road to a result row."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+import running
+
+from cbmlc_jax import config as config_lib
+from cbmlc_jax import fit, models, predict, results, systems, train
+from cbmlc_jax import run as run_lib
+from cbmlc_jax import task as task_lib
+from cbmlc_jax.models import baselines
+
+
+def estimator_config(name: str, **changes):
+    config = running.tiny_config(**{"model.name": name, "noise.kind": "ncar"})
+    config.update_from_flattened_dict(changes)
+    config_lib.validate(config)
+    return config
+
+
+def test_every_name_of_the_config_is_in_one_registry():
+    names = set(config_lib.CHOICES["model.name"])
+    assert names == set(models.MODELS) | set(baselines.ESTIMATORS)
+    assert not set(models.MODELS) & set(baselines.ESTIMATORS)
+    assert set(config_lib.PUBLISHED) <= names
+
+
+def test_published_settings_stand_between_file_and_command_line():
+    config = config_lib.base()
+    config.model.name, config.optim.beta2 = "lamp", 0.5
+    config_lib.apply_published(config, {"optim.beta2"})
+    assert config.optim.beta2 == 0.5 and config.loss.name == "bce"
+    done = running.main(
+        "--config.model.name=lamp", "--mode=eval", "--workdir=no-such-run"
+    )
+    running.assert_one_sentence(done, "no-such-run holds no run")
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory) -> pathlib.Path:
+    workdir = tmp_path_factory.mktemp("runs") / "linear"
+    fit.train_and_evaluate(estimator_config("logistic_regression"), str(workdir), "")
+    return workdir
+
+
+def test_validation_chooses_the_cost(searched):
+    history = results.read_jsonl(str(searched / "metrics.jsonl"))
+    [row] = results.read_jsonl(str(searched / "results.jsonl"))
+    assert [h["settings"]["cost"] for h in history] == list(baselines.COSTS)
+    best = max(history, key=lambda h: h["selection"]["score"])
+    assert row["selection"]["settings"] == best["settings"]
+    assert row["selection"]["rule"] == "corrected_val"
+    assert row["embeddings"] is None
+    assert (
+        f"cost {best['settings']['cost']:g}, chosen by"
+        in (searched / "report.txt").read_text()
+    )
+
+
+def test_an_estimator_is_evaluated_again_and_predicts(searched, tmp_path):
+    copy = pathlib.Path(shutil.copytree(searched, tmp_path / "copy"))
+    [row] = results.read_jsonl(str(copy / "results.jsonl"))
+    again = run_lib.evaluate_checkpoint(str(copy), None, "eval")
+    for key in set(row) - set(results.PROVENANCE):
+        assert row[key] == again[key], key
+    run = run_lib.Run(config_lib.restore(run_lib.saved_config(str(copy))), str(copy))
+    predictor = predict.Predictor(str(copy))
+    some = run.task.test.inputs.take(np.arange(5))
+    scores = predictor.scores(some)
+    assert scores.shape == (5, 40) and np.ptp(scores) > 0.1
+    # The same numbers as scikit-learn's, from the fit to the checkpoint and back.
+    cost = row["selection"]["settings"]["cost"]
+    model = baselines.LogisticRegression(cost)
+    train_rows = run.system.inputs(run.task.train.inputs)
+    fresh = model.fit(train_rows, run.task.train.labels)
+    np.testing.assert_allclose(
+        scores, model.scores(fresh, run.system.inputs(some)), rtol=1e-5
+    )
+
+
+def test_folds_cut_every_row_once():
+    parts = fit.folds(23, 5, 0)
+    assert sorted(np.concatenate(parts)) == list(range(23))
+    assert {len(p) for p in parts} == {4, 5}
+    assert any((a != b).any() for a, b in zip(parts, fit.folds(23, 5, 1), strict=True))
+
+
+def test_a_fold_learns_nothing_from_its_rows():
+    """Other labels on the held-out rows leave all that a fold learns from as it is."""
+    config = estimator_config(
+        "lamp",
+        **{
+            "train.crossfit": 5,
+            "model.label_graph": "cooccurrence",
+            "embeddings.source": "random",
+        },
+    )
+    task = task_lib.build(config)
+    held_out = fit.folds(len(task.noisy), 5, 0)[2]
+    noisy = task.noisy.copy()
+    noisy[held_out] = 1
+    changed = dataclasses.replace(task, noisy=noisy)
+    one, two = (task_lib.fold(config, t, held_out) for t in (task, changed))
+    np.testing.assert_array_equal(one.train.labels, two.train.labels)
+    np.testing.assert_array_equal(one.prior, two.prior)
+    np.testing.assert_array_equal(one.graph, two.graph)
+    np.testing.assert_array_equal(one.meta.label_counts, two.meta.label_counts)
+    assert one.meta.max_labels == two.meta.max_labels
+    assert (two.validation.labels == 1).all()
+    assert len(one.train) + len(one.validation) == len(task.noisy)
+
+
+def test_cross_fitting_an_estimator(tmp_path):
+    config = estimator_config("lr_knn", **{"train.crossfit": 3})
+    workdir = tmp_path / "run"
+    row = fit.train_and_evaluate(config, str(workdir), "test")
+    scores = np.load(workdir / "out_of_fold.npy", allow_pickle=False)
+    task = task_lib.build(config)
+    assert scores.shape == task.noisy.shape
+    assert row["rows"]["train"] == row["rows"]["validation"] == len(task.noisy)
+    # Fold 2, by hand: fit on the others with the setting that its validation chose.
+    held_out = fit.folds(len(task.noisy), 3, config.data.split_seed)[1]
+    others = np.setdiff1d(np.arange(len(task.noisy)), held_out)
+    history = results.read_jsonl(str(workdir / "folds" / "2" / "metrics.jsonl"))
+    best = max(history, key=lambda h: h["selection"]["score"])["settings"]["cost"]
+    model = baselines.LRkNN(best, 25, 0.3)
+    size = len(task.dataset.feature_names)
+    params = model.fit(
+        task.dataset.train.inputs.take(others).csr(size), task.noisy[others]
+    )
+    mine = model.scores(params, task.dataset.train.inputs.take(held_out).csr(size))
+    np.testing.assert_allclose(scores[held_out], mine, atol=1e-6)
+    # The setting of the last fit is the best on the mean over folds.
+    curves = [
+        [h["selection"]["score"] for h in results.read_jsonl(str(p))]
+        for p in sorted((workdir / "folds").glob("*/metrics.jsonl"))
+    ]
+    number = int(np.argmax(np.mean(curves, 0))) + 1
+    assert row["epoch"] == number
+    assert row["selection"]["score"] == pytest.approx(np.mean(curves, 0)[number - 1])
+    again = run_lib.evaluate_checkpoint(str(workdir), None, "eval")
+    for key in set(row) - set(results.PROVENANCE):
+        assert row[key] == again[key], key
+
+
+def test_cross_fitting_a_neural_model_resumes(tmp_path, monkeypatch):
+    """Stopped in the second fold, started again: the same row as without the stop."""
+    config = running.tiny_config(**{"train.crossfit": 2, "train.num_epochs": 2})
+    straight = fit.train_and_evaluate(config, str(tmp_path / "straight"), "test")
+    calls, real = [], train.fit
+
+    def stops(run, store):
+        calls.append(run.workdir)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(run, store)
+
+    monkeypatch.setattr(train, "fit", stops)
+    with pytest.raises(KeyboardInterrupt):
+        fit.train_and_evaluate(config, str(tmp_path / "stopped"), "test")
+    resumed = fit.train_and_evaluate(config, str(tmp_path / "stopped"), "test")
+    assert straight["metrics"] == resumed["metrics"]
+    assert straight["epoch"] == resumed["epoch"]
+    histories = [
+        results.read_jsonl(str(p))
+        for p in sorted((tmp_path / "straight" / "folds").glob("*/metrics.jsonl"))
+    ]
+    curve = np.mean([[h["selection"]["score"] for h in x] for x in histories], 0)
+    assert straight["epoch"] == int(np.argmax(curve)) + 1
+    last = results.read_jsonl(str(tmp_path / "straight" / "metrics.jsonl"))
+    assert len(last) == straight["epoch"]
+    assert last[-1]["selection"]["score"] == pytest.approx(curve[len(last) - 1])
+
+
+def test_one_fold_is_no_cross_fitting():
+    with pytest.raises(config_lib.ConfigError, match="crossfit=1 leaves no row"):
+        estimator_config("lr_knn", **{"train.crossfit": 1})
+
+
+def test_initial_parameters_are_those_of_the_seed():
+    config = running.tiny_config()
+    meta = running.meta(11, np.eye(4, 8, dtype=np.float32))
+    trees = [
+        systems.init_params(models.create_model(config, meta), seed, 4)
+        for seed in (0, 0, 1)
+    ]
+    first, same, other = (t["encoder"]["embedding"] for t in trees)
+    np.testing.assert_array_equal(first, same)
+    assert (first != other).any()
