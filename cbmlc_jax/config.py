@@ -115,6 +115,29 @@ def base() -> ml_collections.ConfigDict:
     c.mlknn = ml_collections.ConfigDict()
     c.mlknn.neighbours = 10
     c.mlknn.smoothing = 1.0
+    c.sleec = ml_collections.ConfigDict()
+    c.sleec.learners = 1
+    c.sleec.clusters = 1
+    c.sleec.svp_neighbours = 250
+    c.sleec.dimension = 100
+    c.sleec.neighbours = 25
+    c.ml_gcn = ml_collections.ConfigDict()
+    c.ml_gcn.hidden = 1024  # between the two graph convolutions
+    c.ml_gcn.width = 2048  # of the label classifiers
+    c.ml_gcn.threshold = 0.4  # t: P(j | i) from which on i implies j
+    c.ml_gcn.weight = 0.25  # p: of all the labels that imply one
+    c.mpvae = ml_collections.ConfigDict()
+    c.mpvae.latent_width = 50
+    c.mpvae.samples = 100  # of the probit integral, in training
+    c.mpvae.dropout = 0.5
+    c.seq2seq = ml_collections.ConfigDict()
+    c.seq2seq.encoder_width = 512  # of each direction
+    c.seq2seq.decoder_width = 1024
+    c.seq2seq.label_width = 256
+    c.seq2seq.token_width = 512
+    c.seq2seq.word_dropout = 0.2
+    c.seq2seq.dropout = 0.0
+    c.seq2seq.beam = 5
     return c.lock()
 
 
@@ -125,7 +148,18 @@ CHOICES = {
     "noise.rates": ("fixed", "uniform"),
     "noise.validation": ("noisy", "clean"),
     "embeddings.source": ("auto", "dataset", "file", "package", "gensim", "random"),
-    "model.name": ("cbmlc", "lamp", "label_prior", "logistic_regression", "lr_knn"),
+    "model.name": (
+        "cbmlc",
+        "lamp",
+        "ml_gcn",
+        "mpvae",
+        "seq2seq",
+        "label_prior",
+        "logistic_regression",
+        "lr_knn",
+        "mlknn",
+        "sleec",
+    ),
     "model.encoder.name": ("set", "sequence"),
     "model.label_graph": ("complete", "self", "cooccurrence", "file", "correlation"),
     "loss.name": ("asl", "bce", "hill", "splc", "large_loss", "forward"),
@@ -176,6 +210,25 @@ RANGES = {
     "lr_knn.vote": (0.0, 1.0),
     "mlknn.neighbours": (1, None),
     "mlknn.smoothing": (0.0, None),
+    "sleec.learners": (1, None),
+    "sleec.clusters": (1, None),
+    "sleec.svp_neighbours": (1, None),
+    "sleec.dimension": (1, None),
+    "sleec.neighbours": (1, None),
+    "ml_gcn.hidden": (1, None),
+    "ml_gcn.width": (1, None),
+    "ml_gcn.threshold": (0.0, 1.0),
+    "ml_gcn.weight": (0.0, 1.0),
+    "mpvae.latent_width": (1, None),
+    "mpvae.samples": (1, None),
+    "mpvae.dropout": (0.0, 0.95),
+    "seq2seq.encoder_width": (1, None),
+    "seq2seq.decoder_width": (1, None),
+    "seq2seq.label_width": (1, None),
+    "seq2seq.token_width": (1, None),
+    "seq2seq.word_dropout": (0.0, 0.95),
+    "seq2seq.dropout": (0.0, 0.95),
+    "seq2seq.beam": (1, None),
     "eval.batch_size": (1, None),
 }
 # Model -> the settings of its authors (sources in experiments/README.md).  They stand
@@ -192,6 +245,36 @@ PUBLISHED = {
         "loss.cb_weight": 0.0,
         "optim.weight_decay": 0.0,
         "optim.beta2": 0.98,
+    },
+    # The authors' optimizer; their backbone is an image network, ours any encoder.
+    "ml_gcn": {
+        "model.label_graph": "correlation",
+        "loss.name": "bce",
+        "loss.reduction": "mean",
+        "loss.cb_weight": 0.0,
+        "optim.name": "sgd",
+        "optim.learning_rate": 0.1,
+        "optim.weight_decay": 1e-4,
+        "optim.clip_norm": 10.0,
+        "train.batch_size": 16,
+        "train.num_epochs": 20,
+    },
+    "mpvae": {
+        "loss.reduction": "mean",
+        "loss.cb_weight": 0.0,
+        "optim.learning_rate": 2.5e-4,
+        "optim.decay": 0.8,
+        "optim.decay_times": 4,
+        "train.batch_size": 128,
+        "train.num_epochs": 200,
+    },
+    "mpvae/delicious": {"mpvae.samples": 5, "optim.learning_rate": 5e-4},
+    "seq2seq": {
+        "loss.reduction": "mean",
+        "loss.cb_weight": 0.0,
+        "optim.weight_decay": 0.0,
+        "optim.clip_norm": 1.0,
+        "train.batch_size": 64,
     },
 }
 # Keys that change where or how loudly a run happens, not what comes out of it.
@@ -244,7 +327,8 @@ def differences(mine: dict[str, object], theirs: dict[str, object]) -> list[str]
 
 def apply_published(config: ml_collections.ConfigDict, explicit: set[str]) -> None:
     """Gives a model its authors' settings, but for the `explicit` keys."""
-    settings = PUBLISHED.get(config.model.name, {})
+    name = config.model.name
+    settings = PUBLISHED.get(name, {}) | PUBLISHED.get(f"{name}/{config.data.name}", {})
     config.update_from_flattened_dict(
         {k: v for k, v in settings.items() if k not in explicit}
     )
@@ -283,6 +367,17 @@ def validate(config: ml_collections.ConfigDict) -> None:
         )
     if flat["embeddings.source"] == "file" and not flat["embeddings.path"]:
         raise ConfigError("config.embeddings.source=file needs config.embeddings.path")
+    name = flat["model.name"]
+    if (flat["model.label_graph"] == "correlation") != (name == "ml_gcn"):
+        raise ConfigError(
+            "config.model.label_graph=correlation belongs to config.model.name=ml_gcn, "
+            f"and the other way round: {flat['model.label_graph']} is not for {name}"
+        )
+    if name in ("ml_gcn", "mpvae", "seq2seq") and flat["loss.cb_weight"]:
+        raise ConfigError(
+            f"{name} has no trained label embeddings for a context loss: "
+            "config.loss.cb_weight must be 0"
+        )
     if flat["train.crossfit"] == 1:
         raise ConfigError(
             "config.train.crossfit=1 leaves no row to train on: 0 or 2-100"

@@ -114,7 +114,7 @@ def _cross_fit(run: run_lib.Run) -> run_lib.Run:
     """
     task, config = run.task, run.config
     number = config.train.crossfit
-    scores, curves = None, []
+    scores, curves, seconds = None, [], 0.0
     for k, held_out in enumerate(
         folds(len(task.noisy), number, config.data.split_seed)
     ):
@@ -131,11 +131,12 @@ def _cross_fit(run: run_lib.Run) -> run_lib.Run:
         scores[held_out] = values
         curves.append([line["selection"]["score"] for line in history])
         rule = history[-1]["selection"]["rule"]
+        seconds += sum(line["seconds"] for line in history)
     length = min(len(c) for c in curves)  # the folds' patience may differ
     curve = [
         None if None in column else float(np.mean(column))
         for column in zip(*(c[:length] for c in curves), strict=True)
     ]
     results.write_array(run_lib.out_of_fold_path(run.workdir), scores)
-    found = run_lib.OutOfFold(scores, curve, rule)
+    found = run_lib.OutOfFold(scores, curve, rule, seconds)
     return run_lib.Run(config, run.workdir, task, found)

@@ -30,11 +30,13 @@ class OutOfFold:
         curve: selection score after each epoch (or of each candidate), the mean over
             the folds; None where it was not evaluated.
         rule: the protocol of these scores.
+        seconds: that the folds took.
     """
 
     scores: np.ndarray
     curve: list[float | None]
     rule: str
+    seconds: float = 0.0
 
 
 class Run:
@@ -118,6 +120,9 @@ class Run:
             decoded=decoded,
         )
         chosen = next(line for line in history if line["epoch"] == best)
+        training = sum(line["seconds"] for line in history)
+        if self.out_of_fold is not None:
+            training += self.out_of_fold.seconds
         row = results.make_row(
             self.config,
             self.task,
@@ -132,7 +137,7 @@ class Run:
             epoch=best,
             params=systems.num_params(params),
             seconds={
-                "train": round(sum(line["seconds"] for line in history), 2),
+                "train": round(training, 2),
                 "eval": round(time.perf_counter() - start, 2),
             },
             command=command,

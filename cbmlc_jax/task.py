@@ -14,6 +14,7 @@ from cbmlc_jax import config as config_lib
 from cbmlc_jax import embeddings, noise, rngs
 from cbmlc_jax.data import pipeline
 from cbmlc_jax.models import READS_LABEL_VECTORS, Meta
+from cbmlc_jax.models.baselines.ml_gcn import correlation_adjacency
 from cbmlc_jax.thresholds import Rates
 
 
@@ -148,11 +149,15 @@ def _on_rows(
             max_labels=int(train.labels.sum(1).max()),
         ),
         embeddings=found,
-        graph=pipeline.label_graph(
-            config.model.label_graph,
-            train.labels,
-            dataset.label_names,
-            config.model.label_graph_file,
-        ),
+        graph=_graph(config, train.labels, dataset.label_names),
         widths=pipeline.bucket_widths(train.inputs.lengths, config.data.length_buckets),
     )
+
+
+def _graph(config, labels: np.ndarray, names: tuple[str, ...]) -> np.ndarray | None:
+    """The label graph, learnt from the noisy training labels alone."""
+    kind, file = config.model.label_graph, config.model.label_graph_file
+    if kind == "correlation":
+        settings = config.ml_gcn
+        return correlation_adjacency(labels, settings.threshold, settings.weight)
+    return pipeline.label_graph(kind, labels, names, file)

@@ -18,7 +18,7 @@ from jaxtyping import Array, PyTree
 from cbmlc_jax import checkpoints, losses, optim, results, rngs
 from cbmlc_jax import run as run_lib
 from cbmlc_jax.data import pipeline
-from cbmlc_jax.models import OWN_OBJECTIVE
+from cbmlc_jax.models import CONSTANT, OWN_OBJECTIVE
 from cbmlc_jax.parallel import gathered, total
 from cbmlc_jax.progress import Progress
 from cbmlc_jax.thresholds import Rates
@@ -54,12 +54,23 @@ def element_losses(
         settings: config.loss.
         logits, labels: [B, L].
         mask: [B] valid rows.
-        epoch: int32 [], from 0, for the losses that change their mind about labels.
+        epoch: int32 [], from 1, for the losses that change their mind about labels.
         rates: noise rates of the training labels, for `forward`.
         gather: an array of this device -> those of all devices, for `large_loss`.
     """
     if settings.name == "bce":
         return losses.bce(logits, labels)
+    if settings.name == "forward":
+        return losses.forward(logits, labels, rates.r0, rates.r1)
+    if settings.name == "large_loss":
+        share = losses.large_loss_share(epoch, settings.rejected_per_epoch)
+        return losses.large_loss(logits, labels, share, mask, gather)
+    positive = {"margin": settings.positive_margin, "gamma": settings.positive_gamma}
+    if settings.name == "hill":
+        return losses.hill(logits, labels, weight=settings.hill_weight, **positive)
+    if settings.name == "splc":
+        tau = settings.splc_threshold
+        return losses.splc(logits, labels, epoch, tau=tau, **positive)
     return losses.asl(
         logits,
         labels,
@@ -120,7 +131,7 @@ def make_train_step(
         labels = batch["labels"].astype(outputs.logits.dtype)
 
         def summed(logits):
-            mask, epoch = batch["mask"], step // steps_per_epoch
+            mask, epoch = batch["mask"], step // steps_per_epoch + 1
             element = element_losses(
                 settings, logits, labels, mask, epoch, rates, gather
             )
@@ -163,7 +174,11 @@ def make_train_step(
 
 def make_tx(config, steps_per_epoch: int) -> optax.GradientTransformation:
     """The optimizer that config.optim describes."""
-    settings = config.optim
+    settings, frozen = config.optim, ()
+    if config.model.name == "ml_gcn":
+        frozen = CONSTANT
+    elif not config.embeddings.trainable:
+        frozen = ("label_embeddings",)
     return optim.make_optimizer(
         name=settings.name,
         learning_rate=optim.decayed(
@@ -176,7 +191,7 @@ def make_tx(config, steps_per_epoch: int) -> optax.GradientTransformation:
         clip_norm=settings.clip_norm,
         weight_decay=settings.weight_decay,
         decoupled=settings.decoupled,
-        frozen=() if config.embeddings.trainable else ("label_embeddings",),
+        frozen=frozen,
     )
 
 

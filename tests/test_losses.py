@@ -391,3 +391,362 @@ def test_masked_rows_with_huge_logits_leave_the_gradient_finite(parameters):
     np.testing.assert_array_equal(slope, wild_slope)
     np.testing.assert_array_equal(wild_slope[1], 0.0)
     assert (np.asarray(wild_slope[0]) != 0).all()
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def naive_focal(p: float, gamma: float) -> float:
+    return -((1 - p) ** gamma) * math.log(p)
+
+
+def naive_hill(x, y, weight, margin, gamma) -> float:
+    p = sigmoid(x)
+    positive = naive_focal(sigmoid(x - margin), gamma)
+    return y * positive + (1 - y) * (weight * p**2 - p**3)
+
+
+def naive_splc(x, y, correct, tau, margin, gamma) -> float:
+    p = sigmoid(x)
+    negative = naive_focal(1 - p, gamma)
+    if correct and p > tau:
+        negative = naive_focal(p, gamma)
+    return y * naive_focal(sigmoid(x - margin), gamma) + (1 - y) * negative
+
+
+def naive_forward(x, y, r0, r1) -> float:
+    q = r0 * (1 - sigmoid(x)) + (1 - r1) * sigmoid(x)
+    return -(y * math.log(q) if y else 0) - ((1 - y) * math.log(1 - q) if y < 1 else 0)
+
+
+ROWS = np.ones(1, bool)
+# Name -> (logits, labels) -> losses, both [1, L], in the corners of the parameters.
+ROBUST = {
+    "hill": losses.hill,
+    "hill, linear": functools.partial(losses.hill, weight=1.0, margin=0.0, gamma=0.5),
+    "splc": functools.partial(losses.splc, epoch=2),
+    "splc, at first": functools.partial(losses.splc, epoch=1, gamma=0.5),
+    "large_loss": functools.partial(losses.large_loss, share=0.4, mask=ROWS),
+    "forward": functools.partial(losses.forward, r0=0.1, r1=0.3),
+    "forward, drops": functools.partial(losses.forward, r0=0.0, r1=0.5),
+    "forward, adds": functools.partial(losses.forward, r0=0.5, r1=0.0),
+    "forward, clean": functools.partial(losses.forward, r0=0.0, r1=0.0),
+}
+
+
+@functools.lru_cache
+def robust_value_and_slope(name):
+    """Jitted (logits, labels) -> (losses, slopes), as `value_and_slope`."""
+
+    def both(logits, labels):
+        value, pull = jax.vjp(lambda x: ROBUST[name](x, labels), logits)
+        return value, pull(jnp.ones_like(value))[0]
+
+    return jax.jit(both)
+
+
+@pytest.mark.parametrize("name", ROBUST)
+def test_robust_losses_are_finite_at_extreme_logits(name):
+    largest = float(np.finfo(np.float32).max)
+    sizes = [1e4, 1e-4, 1e-30, 0.0, 88.0, 104.0, largest, math.log(1.5)]
+    logits = np.float32([[s * x for x in sizes for s in (1, -1)]])
+    for label in (0.0, 1.0, 0.5):
+        labels = np.full(logits.shape, label, np.float32)
+        value, slope = robust_value_and_slope(name)(logits, labels)
+        assert np.isfinite(value).all(), (label, logits[~np.isfinite(value)])
+        assert np.isfinite(slope).all(), (label, logits[~np.isfinite(slope)])
+        assert (np.asarray(value) >= -1e-6).all()
+
+
+@pytest.mark.parametrize("name", ROBUST)
+def test_robust_gradients_equal_finite_differences(name):
+    with jax.enable_x64(True):
+        # Clear of tau = .6, at a logit of log 1.5 = .405, and without ties.
+        logits = jnp.array([[-4.0, -2.6, -1.0, 0.3, 2.0, 5.0] * 2])
+        logits += jnp.linspace(-0.01, 0.01, 12)[None]
+        labels = jnp.array([[0.0] * 6 + [1.0] * 6])
+        loss = jax.jit(lambda x: ROBUST[name](x, labels))
+        check_grads(loss, (logits,), order=1, modes=("fwd", "rev"))
+
+
+@pytest.mark.parametrize("name", ROBUST)
+def test_masked_rows_of_robust_losses_give_no_gradient(name):
+    """A padded row may hold anything and must not move the valid row's losses."""
+    loss, mask, options = ROBUST[name], jnp.array([True, False]), {}
+    if name == "large_loss":
+        options["mask"] = mask
+    labels = jnp.array([[0.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
+
+    @jax.jit
+    @jax.value_and_grad
+    def objective(logits):
+        return losses.total(loss(logits, labels, **options), mask)
+
+    valid = [0.5, 1.0, -1.0]
+    tame, slope = objective(jnp.array([valid, [0.0, 0.0, 0.0]]))
+    wild, wild_slope = objective(jnp.array([valid, [1e4, -1e4, 3e38]]))
+    alone = robust_value_and_slope(name)(jnp.array([valid]), labels[:1])
+    np.testing.assert_allclose([tame, wild], alone[0].sum(), rtol=1e-6)
+    np.testing.assert_allclose(slope[:1], alone[1], rtol=1e-6)
+    np.testing.assert_array_equal(slope, wild_slope)
+    np.testing.assert_array_equal(wild_slope[1], 0.0)
+
+
+@pytest.mark.parametrize("label", [0.0, 1.0, 0.3])
+@pytest.mark.parametrize(
+    "parameters", [(1.5, 1.0, 2.0), (1.5, 0.5, 1.0), (1.0, 0.0, 0.0)]
+)
+def test_hill_equals_its_definition(parameters, label):
+    weight, margin, gamma = parameters
+    got = losses.hill(
+        jnp.float32(LOGITS),
+        jnp.full(41, label, jnp.float32),
+        weight=weight,
+        margin=margin,
+        gamma=gamma,
+    )
+    expected = [naive_hill(x, label, *parameters) for x in LOGITS]
+    np.testing.assert_allclose(got, expected, rtol=3e-5, atol=1e-7)
+
+
+def test_hill_special_cases():
+    logits, ones = jnp.float32(LOGITS), jnp.ones(41)
+    plain = losses.hill(logits, ones, margin=0.0, gamma=0.0)
+    np.testing.assert_allclose(plain, losses.bce(logits, ones), rtol=1e-6)
+    # A negative pulls with 3 p^2 (1 - p)^2: most at p = 1/2, and as little at p as at
+    # 1 - p.
+    value, slope = robust_value_and_slope("hill")(logits[None], jnp.zeros((1, 41)))
+    p = 1 / (1 + np.exp(-LOGITS))
+    np.testing.assert_allclose(value[0], 1.5 * p**2 - p**3, rtol=1e-5)
+    np.testing.assert_allclose(slope[0], 3 * (p * (1 - p)) ** 2, rtol=1e-3, atol=1e-7)
+    # By hand, at p = .6: (1.5 - .6) .36 = .324, 3 .36 .16 = .1728.
+    x = jnp.full((1, 1), math.log(1.5), jnp.float32)
+    value, slope = robust_value_and_slope("hill")(x, jnp.zeros((1, 1)))
+    np.testing.assert_allclose([value[0, 0], slope[0, 0]], [0.324, 0.1728], rtol=1e-6)
+
+
+@pytest.mark.parametrize("label", [0.0, 1.0, 0.3])
+@pytest.mark.parametrize("epoch", [1, 2, 3, 4])
+def test_splc_equals_its_definition(epoch, label):
+    """Corrected in the epochs after change_epoch = 2, counted from 1."""
+    logits, tau, margin, gamma = LOGITS + 0.01, 0.7, 0.5, 1.0
+    got = losses.splc(
+        jnp.float32(logits),
+        jnp.full(41, label, jnp.float32),
+        epoch,
+        tau=tau,
+        margin=margin,
+        gamma=gamma,
+        change_epoch=2,
+    )
+    expected = [naive_splc(x, label, epoch > 2, tau, margin, gamma) for x in logits]
+    np.testing.assert_allclose(got, expected, rtol=3e-5, atol=1e-7)
+
+
+def test_splc_corrects_the_likely_negatives_after_the_first_epoch():
+    # p = .5, .599, .601, .9; with the margin's shift all but the last were below .6.
+    p = np.array([0.5, 0.599, 0.601, 0.9])
+    logits, labels = jnp.float32(np.log(p / (1 - p))), jnp.zeros(4)
+    loss = jax.jit(losses.splc)  # a traced epoch
+    kept, corrected = -(p**2) * np.log(1 - p), -((1 - p) ** 2) * np.log(p)
+    np.testing.assert_allclose(loss(logits, labels, 1), kept, rtol=1e-4)
+    expected = np.where([False, False, True, True], corrected, kept)
+    for epoch in (2, 50):
+        np.testing.assert_allclose(loss(logits, labels, epoch), expected, rtol=1e-4)
+    # p = tau exactly stays a negative, whose gradient pushes the logit down.
+    pull = jax.grad(lambda x, tau: losses.splc(x, jnp.float32(0), 2, tau=tau))
+    assert pull(0.0, 0.5) > 0 > pull(0.0, 0.499)
+    # Corrected, it pulls the logit up, and the positives are not touched.
+    slope = robust_value_and_slope("splc")(logits[None], labels[None])[1]
+    np.testing.assert_array_equal(np.sign(slope[0]), [1, 1, -1, -1])
+    np.testing.assert_array_equal(
+        loss(logits, jnp.ones(4), 1), loss(logits, jnp.ones(4), 2)
+    )
+
+
+# Two rows of four; * marks the positives.  The losses of the negatives, which rise with
+# the logit, are ranked 3 > 2 > 1 > 0 > -1, and row three is padding.
+LL_LOGITS = jnp.float32([[3.0, -1.0, 4.0, 1.0], [0.0, -5.0, 2.0, 1.5], [9.0] * 4])
+LL_LABELS = jnp.float32([[0, 0, 1, 0], [0, 1, 0, 1], [0] * 4])
+LL_MASK = np.array([True, True, False])
+
+
+@pytest.mark.parametrize(
+    "share, rejected",
+    [
+        (0.0, []),
+        # ceil(.125 * 8) = 1, ceil(.13 * 8) = ceil(.25 * 8) = 2, ...
+        (0.01, [(0, 0)]),
+        (0.125, [(0, 0)]),
+        (0.13, [(0, 0), (1, 2)]),
+        (0.25, [(0, 0), (1, 2)]),
+        (0.375, [(0, 0), (1, 2), (0, 3)]),
+        # As many as there are negatives, and more: no positive goes.
+        (0.625, [(0, 0), (0, 1), (0, 3), (1, 0), (1, 2)]),
+        (0.75, [(0, 0), (0, 1), (0, 3), (1, 0), (1, 2)]),
+        (1.0, [(0, 0), (0, 1), (0, 3), (1, 0), (1, 2)]),
+    ],
+)
+def test_large_loss_rejects_by_hand(share, rejected):
+    """Of 8 entries in the valid rows; the padding's losses are larger than any."""
+    got = jax.jit(losses.large_loss)(
+        LL_LOGITS, LL_LABELS, jnp.float32(share), jnp.asarray(LL_MASK)
+    )
+    expected = np.array(losses.bce(LL_LOGITS, LL_LABELS))
+    for at in rejected:
+        expected[at] = 0.0
+    np.testing.assert_allclose(got[:2], expected[:2], rtol=1e-6)
+    assert np.count_nonzero(got[:2]) == 8 - len(rejected)
+
+
+def test_large_loss_gives_rejected_entries_no_gradient():
+    def objective(logits, share):
+        element = losses.large_loss(logits, LL_LABELS, share, LL_MASK)
+        return losses.total(element, LL_MASK)
+
+    slope = jax.jit(jax.grad(objective))(LL_LOGITS, 0.25)
+    expected = np.array(jax.nn.sigmoid(LL_LOGITS) - LL_LABELS)
+    expected[2] = expected[0, 0] = expected[1, 2] = 0
+    np.testing.assert_allclose(slope, expected, rtol=1e-5)
+
+
+def test_large_loss_rejects_ties_together():
+    """k = 2 of 4, but three negatives share the second place."""
+    logits = jnp.float32([[2.0, 1.0, 1.0, 1.0]])
+    reject = jax.jit(losses.large_loss)
+    got = reject(logits, jnp.zeros((1, 4)), 0.5, ROWS)
+    np.testing.assert_array_equal(got, np.zeros((1, 4)))
+    got = reject(logits, jnp.zeros((1, 4)), 0.25, ROWS)
+    np.testing.assert_array_equal(np.asarray(got) == 0, [[True, False, False, False]])
+
+
+def test_large_loss_counts_exactly():
+    """A share that makes a whole number of entries rejects that many, not one more."""
+    logits = jnp.linspace(-3, 3, 1000).reshape(1, 1000)
+    reject = jax.jit(losses.large_loss)
+    for tenths in range(11):
+        got = reject(logits, jnp.zeros((1, 1000)), jnp.float32(tenths / 10), ROWS)
+        assert np.sum(np.asarray(got) == 0) == 100 * tenths
+    for epoch in (1, 2, 6, 50):  # .2 % more in every epoch
+        share = losses.large_loss_share(epoch, 0.002)
+        got = reject(logits, jnp.zeros((1, 1000)), share, ROWS)
+        assert np.sum(np.asarray(got) == 0) == 2 * (epoch - 1)
+
+
+def test_large_loss_schedule():
+    """Nothing in the first epoch; delta_rel per cent more in each after it."""
+    share = jax.jit(lambda epoch: losses.large_loss_share(epoch, 0.2))
+    got = [share(epoch) for epoch in (1, 2, 3, 6, 7, 100)]
+    np.testing.assert_allclose(got, [0, 0.2, 0.4, 1, 1, 1], rtol=1e-6)
+
+
+@functools.lru_cache
+def large_loss_of_stack(devices):
+    """`losses.large_loss` of predictions [2, B, L], or [2, devices, B, L]."""
+
+    def loss(logits, labels, mask, share):
+        def gather(x):
+            return jax.lax.all_gather(x, "devices") if devices > 1 else x
+
+        return jax.vmap(lambda x: losses.large_loss(x, labels, share, mask, gather))(
+            logits
+        )
+
+    if devices > 1:
+        loss = jax.vmap(loss, (1, 0, 0, None), out_axes=1, axis_name="devices")
+    return jax.jit(loss)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 0.7, 1.0])
+def test_large_loss_over_devices_equals_one_device(share):
+    """Halves of a batch, and a stack of two predictions for it as in training."""
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.normal(size=(2, 6, 5)) * 3, jnp.float32)
+    # One half holds most of the large losses, and all of the padding.
+    logits = logits.at[:, :3].add(2.0)
+    labels = jnp.asarray(rng.random((6, 5)) < 0.3, jnp.float32)
+    mask = jnp.array([True, True, False, True, True, True])
+
+    whole = large_loss_of_stack(1)(logits, labels, mask, share)
+    halves = large_loss_of_stack(2)(
+        logits.reshape(2, 2, 3, 5), labels.reshape(2, 3, 5), mask.reshape(2, 3), share
+    )
+    valid = np.asarray(mask)
+    np.testing.assert_array_equal(halves.reshape(2, 6, 5)[:, valid], whole[:, valid])
+    rejected = np.sum(np.asarray(whole)[:, valid] == 0, (1, 2))
+    negatives = int(np.sum(np.asarray(labels)[valid] == 0))
+    assert (rejected == min(math.ceil(round(share * 25, 6)), negatives)).all()
+
+
+@pytest.mark.parametrize("label", [0.0, 1.0, 0.3])
+@pytest.mark.parametrize("rates", [(0.1, 0.3), (0.0, 0.5), (0.5, 0.0), (0.4, 0.5)])
+def test_forward_equals_its_definition(rates, label):
+    got = losses.forward(jnp.float32(LOGITS), jnp.full(41, label, jnp.float32), *rates)
+    expected = [naive_forward(x, label, *rates) for x in LOGITS]
+    np.testing.assert_allclose(got, expected, rtol=3e-5, atol=1e-6)
+
+
+def test_forward_without_noise_is_bce():
+    logits = jnp.float32([[*LOGITS, 50.0, -50.0, 1e4, -1e4]])
+    labels = jnp.float32(np.arange(45) % 3 / 2)[None]
+    got = robust_value_and_slope("forward, clean")(logits, labels)
+    expected = value_and_slope(None)(logits, labels)
+    for g, e in zip(got, expected, strict=True):
+        np.testing.assert_allclose(g, e, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rates", [(0.1, 0.4), (0.0, 0.5), (0.3, 0.0)])
+def test_forward_is_least_at_the_clean_probability(rates):
+    """The expected loss over clean label and flip, on a grid of logits."""
+    r0, r1 = rates
+    grid = jnp.linspace(-4, 4, 1601)  # steps of .005
+    on = losses.forward(grid, jnp.ones(1601), r0, r1)
+    off = losses.forward(grid, jnp.zeros(1601), r0, r1)
+    for clean in (0.2, 0.5, 0.75):
+        expected = clean * ((1 - r1) * on + r1 * off)
+        expected += (1 - clean) * (r0 * on + (1 - r0) * off)
+        best = float(grid[jnp.argmin(expected)])
+        assert sigmoid(best) == pytest.approx(clean, abs=0.004)
+
+
+def test_forward_saturates_where_the_noise_explains_the_label():
+    """A sure positive seen as negative costs -log r1, a sure negative -log r0."""
+    logits, labels = jnp.float32([[1e4, -1e4]]), jnp.float32([[0.0, 1.0]])
+    value, slope = robust_value_and_slope("forward")(logits, labels)
+    np.testing.assert_allclose(value, [[-math.log(0.3), -math.log(0.1)]], rtol=1e-6)
+    np.testing.assert_array_equal(slope, [[0.0, 0.0]])
+    # Without drops there is nothing that explains it.
+    value, slope = robust_value_and_slope("forward, adds")(logits, labels)
+    np.testing.assert_allclose(value, [[1e4, math.log(2)]], rtol=1e-4)
+    np.testing.assert_array_equal(slope, [[1.0, 0.0]])
+
+
+def test_forward_takes_traced_rates_and_rates_per_label():
+    logits, labels = jnp.float32(LOGITS[:6].reshape(3, 2)), jnp.ones((3, 2))
+    rates = (jnp.array([[0.0, 0.2]]), jnp.array([[0.4, 0.0]]))
+    got = jax.jit(losses.forward)(logits, labels, *rates)
+    slopes = jax.grad(lambda *r: jnp.sum(losses.forward(logits, labels, *r)), (0, 1))
+    for label, (r0, r1) in enumerate([(0.0, 0.4), (0.2, 0.0)]):
+        expected = losses.forward(logits[:, label], labels[:, label], r0, r1)
+        np.testing.assert_allclose(got[:, label], expected, rtol=1e-6)
+    for slope in slopes(*rates):
+        np.testing.assert_array_equal(slope, np.zeros((1, 2)))
+
+
+@pytest.mark.parametrize(
+    "r0, r1", [(0.6, 0.5), (0.5, 0.5), (0, 1), (-0.1, 0.2), (np.float32(1.5), 0.0)]
+)
+def test_forward_names_impossible_rates(r0, r1):
+    with pytest.raises(ValueError, match=f"r0={r0}, r1={r1}"):
+        losses.forward(jnp.zeros(1), jnp.zeros(1), r0, r1)
+
+
+@pytest.mark.parametrize("name", sorted(set(ROBUST) - {"large_loss"}))
+def test_robust_losses_are_linear_in_soft_labels(name):
+    loss = robust_value_and_slope(name)
+    logits = jnp.float32(LOGITS)[None]
+    off, on = (loss(logits, jnp.full((1, 41), y))[0] for y in (0.0, 1.0))
+    np.testing.assert_allclose(
+        loss(logits, jnp.full((1, 41), 0.3))[0], 0.3 * on + 0.7 * off, rtol=1e-5
+    )

@@ -22,20 +22,22 @@ def float64():
         yield
 
 
-def tiny_config(reduction: str):
+def tiny_config(changes: dict):
     c = config_lib.base()
     c.model.width, c.model.ffn_width, c.model.num_heads = 8, 16, 2
     c.model.encoder.layers = 1
     c.model.dropout = 0.3
-    c.loss.cb_weight, c.loss.reduction = 0.3, reduction
+    c.loss.cb_weight = 0.3
     c.optim.learning_rate, c.optim.weight_decay = 1e-2, 1e-3
     c.train.batch_size = BATCH
+    c.mpvae.samples, c.mpvae.dropout = 3, 0.3
+    c.update_from_flattened_dict(changes)
     return c
 
 
-def trajectory(num_devices: int, reduction: str):
+def trajectory(num_devices: int, changes: dict):
     """Losses and final parameters of 20 steps; the last batch is mostly padding."""
-    config = tiny_config(reduction)
+    config = tiny_config(changes)
     rng = np.random.default_rng(0)
     # 21 rows in batches of 8: the last has 5 valid rows, on 4 devices 2, 2, 1, 0.
     lengths = rng.integers(1, 9, 21)
@@ -44,7 +46,7 @@ def trajectory(num_devices: int, reduction: str):
     vectors = rng.normal(size=(LABELS, 5))
     model = models.create_model(config, running.meta(FEATURES, vectors))
     params = jax.tree.map(
-        lambda x: jnp.asarray(x, jnp.float64), systems.init_params(model, 0)
+        lambda x: jnp.asarray(x, jnp.float64), systems.init_params(model, 0, LABELS)
     )
     devices = parallel.Devices(tuple(jax.devices()[:num_devices]))
     tx = train.make_tx(config, steps_per_epoch=3)
@@ -70,12 +72,32 @@ def trajectory(num_devices: int, reduction: str):
     return np.array(losses), jax.device_get(devices.first(state))
 
 
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_devices_agree_with_one_device(float64, reduction):
-    losses, state = trajectory(1, reduction)
-    assert losses[-1] < 0.9 * losses[0]
-    for num_devices in (2, 4):
-        others, other = trajectory(num_devices, reduction)
+@pytest.mark.parametrize(
+    ("changes", "counts"),
+    [
+        ({"loss.reduction": "sum"}, (2, 4)),
+        ({"loss.reduction": "mean"}, (2, 4)),
+        # Which entries are rejected depends on all of the batch.
+        ({"loss.name": "large_loss", "loss.rejected_per_epoch": 0.05}, (4,)),
+        # An objective of its own, with random draws by row.
+        (
+            {
+                "model.name": "mpvae",
+                "loss.cb_weight": 0.0,
+                "loss.reduction": "mean",
+                "optim.learning_rate": 1e-3,
+            },
+            (4,),
+        ),
+    ],
+    ids=["sum", "mean", "large_loss", "mpvae"],
+)
+def test_devices_agree_with_one_device(float64, changes, counts):
+    losses, state = trajectory(1, changes)
+    # Three batches are one pass over the rows.
+    assert losses[-3:].mean() < 0.9 * losses[:3].mean()
+    for num_devices in counts:
+        others, other = trajectory(num_devices, changes)
         np.testing.assert_allclose(others, losses, rtol=1e-9)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-9),

@@ -8,12 +8,16 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from cbmlc_jax.models.baselines.ml_gcn import MLGCN
+from cbmlc_jax.models.baselines.mpvae import MPVAE
+from cbmlc_jax.models.baselines.seq2seq import Seq2Seq
 from cbmlc_jax.models.cbmlc import CbMLC
 from cbmlc_jax.models.decoder import LabelGraphDecoder
 from cbmlc_jax.models.encoders import TokenEncoder
 from cbmlc_jax.models.outputs import Outputs
 
 __all__ = [
+    "CONSTANT",
     "ENCODERS",
     "MODELS",
     "READS_LABEL_VECTORS",
@@ -82,13 +86,53 @@ def _cbmlc(config, meta: Meta) -> nn.Module:
     )
 
 
+def _ml_gcn(config, meta: Meta) -> nn.Module:
+    settings = config.ml_gcn
+    return MLGCN(
+        encoder=_encoder(config, meta),
+        label_vectors=meta.label_vectors,
+        hidden=settings.hidden,
+        width=settings.width,
+    )
+
+
+def _mpvae(config, meta: Meta) -> nn.Module:
+    settings = config.mpvae
+    return MPVAE(
+        num_features=meta.num_features,
+        num_labels=len(meta.label_vectors),
+        latent_width=settings.latent_width,
+        num_samples=settings.samples,
+        dropout=settings.dropout,
+    )
+
+
+def _seq2seq(config, meta: Meta) -> nn.Module:
+    # Ties keep the order of the label names.
+    order = np.argsort(-meta.label_counts, kind="stable")
+    return Seq2Seq(
+        num_tokens=meta.num_features,
+        label_order=tuple(int(label) for label in order),
+        max_labels=meta.max_labels,
+        **config.seq2seq,
+    )
+
+
 # LaMP is CbMLC's modules with the settings of config.PUBLISHED: no word vectors, BCE,
 # the graph of co-occurrences.
-MODELS = {"cbmlc": _cbmlc, "lamp": _cbmlc}
+MODELS = {
+    "cbmlc": _cbmlc,
+    "lamp": _cbmlc,
+    "ml_gcn": _ml_gcn,
+    "mpvae": _mpvae,
+    "seq2seq": _seq2seq,
+}
 # Models with `Outputs.loss`; config.loss.name is not theirs.
-OWN_OBJECTIVE = ()
+OWN_OBJECTIVE = ("mpvae", "seq2seq")
 # Models that start at word vectors of the labels; the others need none.
-READS_LABEL_VECTORS = ("cbmlc", "lamp")
+READS_LABEL_VECTORS = ("cbmlc", "lamp", "ml_gcn")
+# Parameters that are not trained, by their last name.
+CONSTANT = ("label_vectors",)
 
 
 def create_model(config, meta: Meta) -> nn.Module:

@@ -10,6 +10,8 @@ from cbmlc_jax.models.baselines.estimator import Estimator
 from cbmlc_jax.models.baselines.label_prior import LabelPrior
 from cbmlc_jax.models.baselines.logistic_regression import LogisticRegression
 from cbmlc_jax.models.baselines.lr_knn import LRkNN
+from cbmlc_jax.models.baselines.mlknn import MLkNN
+from cbmlc_jax.models.baselines.sleec import SLEEC
 
 # C of logistic regression, one of which validation chooses.
 COSTS = (0.1, 0.3, 1.0, 3.0, 10.0)
@@ -36,10 +38,20 @@ def _lr_knn(config) -> Candidates:
     return [({"cost": c}, LRkNN(c, neighbours, settings.vote)) for c in _costs(config)]
 
 
+def _mlknn(config) -> Candidates:
+    return [({}, MLkNN(config.mlknn.neighbours, config.mlknn.smoothing))]
+
+
+def _sleec(config) -> Candidates:
+    return [({}, SLEEC(**config.sleec, seed=config.seed))]
+
+
 ESTIMATORS = {
     "label_prior": lambda config: [({}, LabelPrior())],
     "logistic_regression": _logistic_regression,
     "lr_knn": _lr_knn,
+    "mlknn": _mlknn,
+    "sleec": _sleec,
 }
 
 

@@ -1,0 +1,146 @@
+"""MLkNN: the neighbours' label counts, turned into probabilities by Bayes' rule.
+
+M.-L. Zhang and Z.-H. Zhou, "ML-kNN: A lazy learning approach to multi-label
+learning", Pattern Recognition 40 (2007) 2038-2048.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import scipy.sparse
+import sklearn
+from jaxtyping import Float, Int, UInt8
+from sklearn.neighbors import NearestNeighbors
+
+from cbmlc_jax.models.baselines.estimator import Inputs, Params, pack, unpack
+
+_CHUNK = 2048  # rows at once: 2048 x L counts
+MEGABYTES = 64  # of distances at once
+
+
+@dataclasses.dataclass(frozen=True)
+class MLkNN:
+    """score_l = P(H_l = 1 | c_l), c_l of the k nearest training rows having label l.
+
+        P(H_l = 1)       = (s + n_l) / (2 s + N)
+        P(c | H_l = h)   = (s + m_hl[c]) / ((k + 1) s + sum_c' m_hl[c'])
+        P(H_l = 1 | c_l) = P(H_l = 1) P(c_l | H_l = 1)
+                           / sum_h P(H_l = h) P(c_l | H_l = h)
+
+    n_l counts the training rows with label l; m_1l[c] (m_0l[c]) those with (without)
+    label l that have c of their k neighbours with it.  A row is never among its own
+    neighbours, also where others equal it.  Distances are Euclidean, on the inputs as
+    they are; which of several equally distant rows is taken is the index's choice: the
+    same one in every call, but not the same for dense and for sparse inputs.
+
+    The published rule predicts where the score is above 1/2.
+
+    Attributes:
+        neighbours: k; all other rows where there are fewer.
+        smoothing: s > 0.
+    """
+
+    neighbours: int = 10
+    smoothing: float = 1.0
+
+    def __post_init__(self):
+        if self.neighbours < 1:
+            raise ValueError(f"neighbours is {self.neighbours}, must be at least 1")
+        if not self.smoothing > 0:
+            raise ValueError(f"smoothing is {self.smoothing}, must be above 0")
+
+    def fit(self, inputs: Inputs, labels: UInt8[np.ndarray, "rows labels"]) -> Params:
+        """The rows, their labels, and the probabilities above.
+
+        Returns:
+            rows: `pack`ed [N, F]; labels: uint8 [N, L]; prior: float64 [L];
+            present, absent: float64 [L, k + 1], P(c | H_l = 1) and P(c | H_l = 0).
+
+        Raises:
+            ValueError: there are fewer than two rows.
+        """
+        if len(labels) < 2:
+            raise ValueError(f"MLkNN has {len(labels)} training rows, needs 2 or more")
+        k, s = min(self.neighbours, len(labels) - 1), self.smoothing
+        # Without queries: each row's neighbours among the others.
+        nearest = nearest_rows(index_rows(inputs, k))
+        present, absent = _histograms(nearest, labels)
+        return {
+            "rows": pack(inputs),
+            "labels": labels,
+            "prior": (s + labels.sum(0, dtype=np.float64)) / (2 * s + len(labels)),
+            "present": _smooth(present, s),
+            "absent": _smooth(absent, s),
+        }
+
+    def scores(
+        self, params: Params, inputs: Inputs
+    ) -> Float[np.ndarray, "rows labels"]:
+        """float32 [N, L] posterior probabilities."""
+        prior = np.asarray(params["prior"])[:, None]
+        present = prior * np.asarray(params["present"])
+        absent = (1 - prior) * np.asarray(params["absent"])
+        posterior = (present / (present + absent)).T.astype(np.float32)  # [k + 1, L]
+
+        labels = np.asarray(params["labels"])
+        index = index_rows(unpack(params["rows"]), len(posterior) - 1)
+        scores = np.empty((inputs.shape[0], labels.shape[1]), np.float32)
+        for start in range(0, len(scores), _CHUNK):
+            part = slice(start, start + _CHUNK)
+            nearest = nearest_rows(index, inputs[part])
+            counts = neighbour_counts(nearest, labels)
+            scores[part] = np.take_along_axis(posterior, counts, axis=0)
+        return scores
+
+
+def index_rows(rows: Inputs, neighbours: int) -> NearestNeighbors:
+    """The rows, ready to be searched for Euclidean neighbours without a tree."""
+    index = NearestNeighbors(
+        n_neighbors=neighbours, metric="euclidean", algorithm="brute"
+    )
+    return index.fit(rows)
+
+
+def nearest_rows(
+    index: NearestNeighbors, queries: Inputs | None = None
+) -> Int[np.ndarray, "rows k"]:
+    """Numbers of the indexed rows nearest to each query; without queries, to each
+    indexed row among the others."""
+    with sklearn.config_context(working_memory=MEGABYTES):
+        return index.kneighbors(queries, return_distance=False)
+
+
+def neighbour_counts(
+    nearest: Int[np.ndarray, "rows k"], labels: UInt8[np.ndarray, "others labels"]
+) -> Int[np.ndarray, "rows labels"]:
+    """c[i, l] = sum_j labels[nearest[i, j], l], as a sparse product."""
+    rows, k = nearest.shape
+    chosen = scipy.sparse.csr_array(
+        (np.ones(nearest.size, np.int64), nearest.ravel(), np.arange(rows + 1) * k),
+        shape=(rows, len(labels)),
+    )
+    return (chosen @ scipy.sparse.csr_array(labels)).toarray()
+
+
+def _histograms(
+    nearest: Int[np.ndarray, "rows k"], labels: UInt8[np.ndarray, "rows labels"]
+) -> tuple[Int[np.ndarray, "labels bins"], Int[np.ndarray, "labels bins"]]:
+    """m_1 and m_0, each [L, k + 1]: rows by their neighbours' count of each label."""
+    bins, number = nearest.shape[1] + 1, labels.shape[1]
+    present, every = np.zeros((2, number * bins), np.int64)
+    for start in range(0, len(labels), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        cell = neighbour_counts(nearest[part], labels) + np.arange(number)[None] * bins
+        every += np.bincount(cell.ravel(), minlength=len(every))
+        present += np.bincount(cell[labels[part] != 0], minlength=len(every))
+    return present.reshape(-1, bins), (every - present).reshape(-1, bins)
+
+
+def _smooth(
+    histogram: Int[np.ndarray, "labels bins"], s: float
+) -> Float[np.ndarray, "labels bins"]:
+    """(s + m_l[c]) / ((k + 1) s + sum_c' m_l[c'])."""
+    smoothed = s + histogram
+    return smoothed / smoothed.sum(1, keepdims=True)
