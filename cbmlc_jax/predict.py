@@ -12,8 +12,8 @@ import numpy as np
 
 from cbmlc_jax import models, results, systems, thresholds
 from cbmlc_jax import run as run_lib
-from cbmlc_jax.data import arff
-from cbmlc_jax.data.dataset import DataError, Ragged
+from cbmlc_jax.data import arff, reuters
+from cbmlc_jax.data.dataset import UNKNOWN, DataError, Ragged
 
 LONGEST_LINE = 1 << 24  # characters of one JSON line
 CHUNK = 4096  # rows scored at once: memory does not grow with the file
@@ -40,6 +40,7 @@ class Predictor:
         self.label_names = inputs["label_names"]
         self.feature_names = inputs["feature_names"]
         self._feature_index = {n: i for i, n in enumerate(self.feature_names)}
+        self._is_sequence = self.feature_names[0] == UNKNOWN
         meta = models.Meta(
             num_features=len(self.feature_names),
             label_vectors=np.zeros(
@@ -65,7 +66,9 @@ class Predictor:
 
         A JSON line holds `features`, a list of 0-based feature numbers or an object
         {feature name: value} whose non-zero values count, or `tokens`, a list of
-        feature names of which unknown ones are left out.
+        feature names of which unknown ones are left out.  A model of sequences takes
+        `tokens` in their order, unknown ones as such, or `text`, which is cut into
+        tokens as its training data were; of its `features`, only the list.
 
         Raises:
             DataError: names the file and the line.
@@ -97,16 +100,26 @@ class Predictor:
             row = json.loads(line)
         except ValueError as error:
             raise DataError(f"{where}: no JSON ({error})") from None
-        if not isinstance(row, dict) or ("features" in row) == ("tokens" in row):
-            raise DataError(f"{where}: expected an object with `features` or `tokens`")
+        kinds = ["features", "tokens", *(["text"] if self._is_sequence else [])]
+        if not isinstance(row, dict) or sum(kind in row for kind in kinds) != 1:
+            raise DataError(
+                f"{where}: expected an object with one of "
+                + ", ".join(f"`{kind}`" for kind in kinds)
+            )
+        if "text" in row:
+            if not isinstance(row["text"], str):
+                raise DataError(f"{where}: `text` must be a string")
+            row = {"tokens": reuters.tokens(row["text"])}
         if "tokens" in row:
             tokens = row["tokens"]
             if not _all(tokens, str):
                 raise DataError(f"{where}: `tokens` must be a list of strings")
+            if self._is_sequence:
+                return [self._feature_index.get(t, 0) for t in tokens], 0
             known = [self._feature_index[t] for t in tokens if t in self._feature_index]
             return sorted(set(known)), len(tokens) - len(known)
         features = row["features"]
-        if isinstance(features, dict):
+        if isinstance(features, dict) and not self._is_sequence:
             for name in features:
                 if name not in self._feature_index:
                     raise DataError(f"{where}: {name!r} is no feature of this model")
@@ -119,7 +132,7 @@ class Predictor:
                     f"{where}: feature {number} is not in 0.."
                     f"{len(self.feature_names) - 1}"
                 )
-        return sorted(set(features)), 0
+        return features if self._is_sequence else sorted(set(features)), 0
 
 
 def _all(values, kind: type) -> bool:

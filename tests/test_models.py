@@ -14,7 +14,7 @@ import running
 
 from cbmlc_jax import config as config_lib
 from cbmlc_jax import losses, models, optim, rngs, systems, thresholds, train
-from cbmlc_jax.models import layers
+from cbmlc_jax.models import encoders, layers
 from cbmlc_jax.models.decoder import LabelGraphDecoder
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "cbmlc.npz"
@@ -397,3 +397,22 @@ def test_intermediate_losses_leave_the_readout_alone():
     grads = jax.grad(intermediate_loss)(params)
     assert not np.any(grads["readout"])
     assert np.any(grads["decoder"]["label_embeddings"])
+
+
+def test_positions_are_the_published_sinusoids():
+    table = np.asarray(encoders.sinusoids(7, 4))
+    for s in range(7):
+        expected = [np.sin(s), np.cos(s), np.sin(s / 100), np.cos(s / 100)]
+        np.testing.assert_allclose(table[s], expected, atol=1e-6)
+
+
+def test_sequence_encoder_reads_the_order_and_ignores_padding():
+    vectors = np.random.default_rng(1).normal(size=(4, 8)).astype(np.float32)
+    model = small_model(4, vectors, encoder={"name": "sequence"})
+    params = systems.init_params(model, 0)
+    logits = [
+        model.apply({"params": params}, np.array([tokens])).logits
+        for tokens in ([3, 7, 2, 9], [3, 7, 2, 9, 0, 0, 0], [9, 7, 2, 3])
+    ]
+    np.testing.assert_allclose(logits[0], logits[1], atol=1e-5)
+    assert np.abs(logits[0] - logits[2]).max() > 1e-2

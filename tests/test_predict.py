@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 
@@ -12,7 +13,8 @@ import running
 from cbmlc_jax import fit, predict, results, thresholds
 from cbmlc_jax import run as run_lib
 from cbmlc_jax import task as task_lib
-from cbmlc_jax.data.dataset import DataError
+from cbmlc_jax.data import pipeline
+from cbmlc_jax.data.dataset import UNKNOWN, DataError
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +139,7 @@ def test_an_unfinished_run_has_no_threshold(tmp_path):
     ("line", "message"),
     [
         ("{", "line 2: no JSON"),
-        ("[1]", "line 2: expected an object with `features` or `tokens`"),
+        ("[1]", "line 2: expected an object with one of `features`, `tokens`"),
         ('{"features": [1], "tokens": []}', "line 2: expected an object"),
         ('{"features": [400]}', "line 2: feature 400 is not in 0..399"),
         ('{"features": [-1]}', "line 2: feature -1 is not in"),
@@ -168,3 +170,35 @@ def test_unknown_words_are_counted(trained, tmp_path, capsys):
     [row] = predicted(trained, source, tmp_path)
     assert len(row["scores"]) == 40
     assert "2 tokens are no feature" in capsys.readouterr().err
+
+
+def test_a_model_of_sequences_keeps_order_and_unknown_words(tmp_path, monkeypatch):
+    data = pipeline.load("synthetic")
+    names = (UNKNOWN, "oil", "price", *data.feature_names[3:])
+    monkeypatch.setattr(
+        pipeline, "load", lambda *_: dataclasses.replace(data, feature_names=names)
+    )
+    config = running.tiny_config(
+        **{
+            "model.name": "cbmlc",
+            "model.encoder.name": "sequence",
+            "embeddings.source": "random",
+            "train.num_epochs": 1,
+        }
+    )
+    fit.train_and_evaluate(config, str(tmp_path / "run"), "test")
+    predictor = predict.Predictor(str(tmp_path / "run"))
+    rows = [
+        {"text": "Price of OIL: oil."},
+        {"tokens": ["price", "of", "oil", "oil"]},
+        {"features": [2, 0, 1, 1]},
+    ]
+    [inputs] = predictor.read(str(write(tmp_path / "a.jsonl", rows)))
+    assert inputs.values.tolist() == 3 * [2, 0, 1, 1]
+    turned = write(tmp_path / "b.jsonl", [{"tokens": ["oil", "oil", "of", "price"]}])
+    [other] = predictor.read(str(turned))
+    one, two = predictor.scores(inputs)[0], predictor.scores(other)[0]
+    assert np.abs(one - two).max() > 1e-3, "the order counts"
+    wrong = write(tmp_path / "c.jsonl", [{"text": "oil", "tokens": []}])
+    with pytest.raises(DataError, match="one of `features`, `tokens`, `text`"):
+        list(predictor.read(str(wrong)))

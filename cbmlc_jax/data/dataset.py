@@ -9,6 +9,10 @@ from collections.abc import Sequence
 import numpy as np
 import scipy.sparse
 
+# The first feature name of a data set of sequences: ids in order, repeats kept, and this
+# one for every word without a name.  Other data sets are of sets.
+UNKNOWN = "<unk>"
+
 
 class DataError(ValueError):
     """A data file or data option that the user has to mend; the message says how."""

@@ -40,7 +40,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 from cbmlc_jax.data import mulan
-from cbmlc_jax.data.dataset import DataError, Dataset, Ragged, Split
+from cbmlc_jax.data.dataset import UNKNOWN, DataError, Dataset, Ragged, Split
 
 BASE_URL = (
     "https://raw.githubusercontent.com/colibri17/TextCategorization/"
@@ -76,7 +76,6 @@ LARGEST_FILE = 16 << 20  # bytes, unpacked
 
 MAX_TOKENS = 300
 MIN_DOCUMENTS = 2
-UNKNOWN = "<unk>"  # always id 0
 NUMBER = "<num>"
 _TOKEN = r"\b(?:[^\W\d_]\.){2,}|[^\W\d_]{2,}|\d+(?:[.,/-]\d+)*"
 
