@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 import scipy.sparse
 
-# The first feature name of a data set of sequences: ids in order, repeats kept, and this
-# one for every word without a name.  Other data sets are of sets.
+# The first feature name of a data set of sequences: ids in order, repeats kept, and
+# this one for every word without a name.  Other data sets are of sets.
 UNKNOWN = "<unk>"
 
 
