@@ -108,7 +108,7 @@ def _cross_fit(run: run_lib.Run) -> run_lib.Run:
     Fold k of K is a run of its own in `folds/k` (so that an interrupted one resumes):
     the rows of the fold validate, the others train.  Their mean selection score of
     each epoch (or candidate) chooses the one for the model on all rows.  The scores of
-    a fold are those of its own best epoch, chosen on the same rows: a little optimistic.
+    a fold are those of its own best epoch, chosen on these rows: a little optimistic.
 
     Returns:
         The run on all rows, with these scores in the place of validation scores.
