@@ -76,7 +76,7 @@ def base() -> ml_collections.ConfigDict:
     c.loss.splc_threshold = 0.6  # tau of splc: a likelier negative counts as positive
     c.loss.positive_margin = 1.0  # of the positives' logits in hill and splc
     c.loss.positive_gamma = 2.0  # their focusing
-    c.loss.rejected_per_epoch = 0.002  # large_loss: share of the entries, times epoch
+    c.loss.rejected_per_epoch = 0.002  # large_loss: share of entries, times epoch - 1
 
     c.optim = ml_collections.ConfigDict()
     c.optim.name = "adam"  # adam, sgd (momentum .9)
@@ -186,7 +186,7 @@ RANGES = {
     "loss.gamma_neg": (0.0, None),
     "loss.margin": (0.0, 0.99),
     "loss.cb_weight": (0.0, None),
-    "loss.hill_weight": (0.0, None),
+    "loss.hill_weight": (1.0, None),
     "loss.splc_threshold": (0.0, 1.0),
     "loss.positive_margin": (0.0, None),
     "loss.positive_gamma": (0.0, None),

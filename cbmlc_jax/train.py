@@ -221,13 +221,18 @@ def fit(run: run_lib.Run, store: checkpoints.Checkpoints) -> list[dict]:
     """Trains the epochs that are left and saves them; returns the history of all.
 
     Raises:
-        RunError: the loss is not finite.
+        RunError: the loss is not finite, or cannot be corrected for these rates.
         CheckpointError: see there.
     """
     from tensorboardX import SummaryWriter
 
     state, history = _start(run, store)
     config, task, devices = run.config, run.task, run.system.train_devices
+    if config.loss.name == "forward" and not task.rates.usable:
+        raise run_lib.RunError(
+            f"the noise rates r0={task.rates.r0:.3f}, r1={task.rates.r1:.3f} leave no "
+            "information to correct: choose another config.loss.name than forward"
+        )
     steps_per_epoch = _steps_per_epoch(run)
     step = devices.compile(
         make_train_step(
@@ -289,6 +294,11 @@ def _select(run: run_lib.Run, state: TrainState, epoch: int) -> dict:
 def _epoch(run: run_lib.Run, step, state, constants, epoch: int, progress: Progress):
     """One pass over the training rows; returns the state and the loss per row."""
     config, task, devices = run.config, run.task, run.system.train_devices
+    if config.loss.name == "forward" and not task.rates.usable:
+        raise run_lib.RunError(
+            f"the noise rates r0={task.rates.r0:.3f}, r1={task.rates.r1:.3f} leave no "
+            "information to correct: choose another config.loss.name than forward"
+        )
     plan = pipeline.plan_batches(
         task.train.inputs.lengths,
         config.train.batch_size,

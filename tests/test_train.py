@@ -365,3 +365,19 @@ def test_write_atomic_keeps_the_old_file_when_it_fails(tmp_path):
     with pytest.raises(RuntimeError):
         results.write_atomic(str(path), pieces())
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["x.txt"]
+
+
+def test_forward_correction_without_information_is_refused(tmp_path):
+    config = running.tiny_config(
+        **{"loss.name": "forward", "noise.kind": "ncar", "noise.rate": 0.5}
+    )
+    with pytest.raises(run_lib.RunError, match=r"r0=0\.4.* no information to correct"):
+        fit.train_and_evaluate(config, str(tmp_path / "run"), "test")
+
+
+@pytest.mark.parametrize("name", ["hill", "splc", "large_loss", "forward"])
+def test_robust_losses_train(name, tmp_path):
+    config = running.tiny_config(**{"loss.name": name, "train.num_epochs": 2})
+    row = fit.train_and_evaluate(config, str(tmp_path / "run"), "test")
+    one, two = results.read_jsonl(str(tmp_path / "run" / "metrics.jsonl"))
+    assert two["loss"] < one["loss"] and row["config"]["loss.name"] == name
