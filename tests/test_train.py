@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import running
 
-from cbmlc_jax import checkpoints, evaluate, fit, results, thresholds
+from cbmlc_jax import checkpoints, evaluate, fit, losses, results, thresholds, train
 from cbmlc_jax import config as config_lib
 from cbmlc_jax import run as run_lib
 
@@ -375,9 +375,28 @@ def test_forward_correction_without_information_is_refused(tmp_path):
         fit.train_and_evaluate(config, str(tmp_path / "run"), "test")
 
 
-@pytest.mark.parametrize("name", ["hill", "splc", "large_loss", "forward"])
-def test_robust_losses_train(name, tmp_path):
-    config = running.tiny_config(**{"loss.name": name, "train.num_epochs": 2})
-    row = fit.train_and_evaluate(config, str(tmp_path / "run"), "test")
-    one, two = results.read_jsonl(str(tmp_path / "run" / "metrics.jsonl"))
-    assert two["loss"] < one["loss"] and row["config"]["loss.name"] == name
+def test_the_config_names_the_loss_and_its_settings():
+    """Each name is its function of losses.py with the values of config.loss."""
+    c = config_lib.base().loss
+    c.hill_weight, c.splc_threshold, c.rejected_per_epoch = 1.7, 0.55, 0.1
+    c.positive_margin, c.positive_gamma = 0.5, 1.5
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(6, 5)).astype(np.float32)
+    labels = (rng.random((6, 5)) < 0.4).astype(np.float32)
+    mask, rates = np.arange(6) < 5, thresholds.Rates(0.05, 0.3)
+    positive = {"margin": 0.5, "gamma": 1.5}
+    expected = {
+        "bce": losses.bce(logits, labels),
+        "asl": losses.asl(logits, labels, gamma_pos=1.0, gamma_neg=2.0, margin=0.05),
+        "hill": losses.hill(logits, labels, weight=1.7, **positive),
+        "splc": losses.splc(logits, labels, 3, tau=0.55, **positive),
+        "large_loss": losses.large_loss(logits, labels, 0.2, mask),
+        "forward": losses.forward(logits, labels, 0.05, 0.3),
+    }
+    assert set(expected) == set(config_lib.CHOICES["loss.name"])
+    for name, values in expected.items():
+        c.name = name
+        mine = train.element_losses(c, logits, labels, mask, 3, rates, lambda x: x)
+        np.testing.assert_allclose(mine, values, rtol=1e-6, err_msg=name)
+    different = {np.asarray(v).tobytes() for v in expected.values()}
+    assert len(different) == len(expected)
