@@ -197,9 +197,11 @@ def test_damage_is_an_error_of_ours_or_none(data):
     cut = sorted(data.draw(st.tuples(*[st.integers(0, len(text))] * 2)))
     noise = data.draw(st.text(st.sampled_from('<>/="& #1TD'), max_size=6))
     try:
-        parse(text[: cut[0]] + noise + text[cut[1] :])
-    except DataError:
-        pass
+        documents = parse(text[: cut[0]] + noise + text[cut[1] :])
+    except DataError as error:
+        assert str(error).startswith("some.sgm") and "\n" not in str(error)
+    else:
+        assert 1 <= len(documents) <= 2
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cbmlc_jax import rngs
-from cbmlc_jax.models.baselines import seq2seq
+from cbmlc_jax.models.baselines import beam, seq2seq
 from cbmlc_jax.models.baselines.seq2seq import Seq2Seq
 
 ORDER = (2, 0, 3, 1)
@@ -104,7 +104,7 @@ def search(step_fn, first, num_labels, width, max_steps):
     """As a list, for every row, of {labels in order: log probability}."""
     state = jnp.repeat(jnp.asarray(first, jnp.float32)[:, None], width, axis=1)
     sequences, log_probs = jax.jit(
-        lambda state: seq2seq.beam_search(
+        lambda state: beam.beam_search(
             step_fn, state, len(first), num_labels, width, max_steps
         )
     )(state)
@@ -185,10 +185,10 @@ def test_the_best_sequence_is_that_of_the_best_mean():
     """
     step_fn = table_model({2: [0.6, 0, 0.4], 0: [0, 0.4, 0.6], 1: [0, 0, 1]}, 2)
     state = jnp.zeros((1, 3, 1))
-    sequences, log_probs = seq2seq.beam_search(step_fn, state, 1, 2, 3, 3)
+    sequences, log_probs = beam.beam_search(step_fn, state, 1, 2, 3, 3)
     np.testing.assert_allclose(np.sort(np.exp(log_probs[0])), [0.24, 0.36, 0.4], 1e-5)
     assert sequences[0, log_probs[0].argmax()].tolist() == [2, 2, 2]
-    assert seq2seq.best_sequence(sequences, log_probs, 2).tolist() == [[0, 1, 2]]
+    assert beam.best_sequence(sequences, log_probs, 2).tolist() == [[0, 1, 2]]
 
 
 def test_what_has_ended_keeps_its_place():
@@ -207,11 +207,11 @@ def test_scores_by_hand():
     sequences = jnp.array([[[0, 4, 4], [0, 1, 4], [4, 4, 4]]])
     log_probs = jnp.log(jnp.array([[0.2, 0.1, 0.0]]))
     tail = jnp.array([[0.5, 0.25, 1.0, 0.125]])
-    scores = seq2seq.beam_scores(sequences, log_probs, tail)
+    scores = beam.beam_scores(sequences, log_probs, tail)
     wanted = [0.5e-4 + 0.9999, 0.25e-4 + 1e-4 + 0.9998 / 3, 1e-4, 0.125e-4]
     np.testing.assert_allclose(scores, [wanted], rtol=1e-6)
     # A sequence of next to no probability still beats what no sequence names.
-    rare = seq2seq.beam_scores(sequences, jnp.array([[0.0, -200, -jnp.inf]]), tail)
+    rare = beam.beam_scores(sequences, jnp.array([[0.0, -200, -jnp.inf]]), tail)
     assert rare[0, 1] > rare[0, 2] > rare[0, 3] > 0
 
 
