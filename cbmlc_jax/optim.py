@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import optax
 from jaxtyping import PyTree
@@ -24,6 +26,7 @@ def make_optimizer(
     clip_norm: float = 0.0,
     decoupled: bool = False,
     frozen: tuple[str, ...] = (),
+    slow: tuple[str, float] | None = None,
 ) -> optax.GradientTransformation:
     """Adam (beta1 .9), or SGD with momentum .9.
 
@@ -35,7 +38,8 @@ def make_optimizer(
         beta2: of Adam.
         clip_norm: the gradient is scaled down to this norm; 0 leaves it.
         decoupled: which kind of weight decay.
-        frozen: names of parameters (last part of the path) that stay as they are.
+        frozen: names of parameters, or of modules, that stay as they are.
+        slow: name of a module and the factor on its learning rate.
     """
     decay = optax.add_decayed_weights(weight_decay)
     rule = (
@@ -47,14 +51,23 @@ def make_optimizer(
     if clip_norm:
         parts = (optax.clip_by_global_norm(clip_norm), *parts)
     chain = optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
+    if slow is not None:
+        of_module = functools.partial(_inside, names=slow[:1])
+        chain = optax.chain(chain, optax.masked(optax.scale(slow[1]), of_module))
     if not frozen:
         return chain
 
     def labels(params: PyTree) -> PyTree:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: "frozen" if path[-1].key in frozen else "trained", params
-        )
+        inside = _inside(params, frozen)
+        return jax.tree.map(lambda x: "frozen" if x else "trained", inside)
 
     return optax.multi_transform(
         {"trained": chain, "frozen": optax.set_to_zero()}, labels
+    )
+
+
+def _inside(params: PyTree, names: tuple[str, ...]) -> PyTree:
+    """Of each parameter, whether a part of its path is one of `names`."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: any(part.key in names for part in path), params
     )

@@ -107,6 +107,11 @@ def total(tree: PyTree, axis: str | None) -> PyTree:
     return tree if axis is None else jax.lax.psum(tree, axis)
 
 
+def mean(tree: PyTree, axis: str | None) -> PyTree:
+    """Mean over devices inside a step; the identity on one device."""
+    return tree if axis is None else jax.lax.pmean(tree, axis)
+
+
 def gathered(array: jax.Array, axis: str | None) -> jax.Array:
     """The arrays of all devices end to end, [devices * n, ...]; itself on one."""
     return array if axis is None else jax.lax.all_gather(array, axis, tiled=True)

@@ -10,13 +10,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from cbmlc_jax import models, results, systems, thresholds
+from cbmlc_jax import files, models, reading, systems, task, thresholds
 from cbmlc_jax import run as run_lib
-from cbmlc_jax.data import arff, reuters
-from cbmlc_jax.data.dataset import UNKNOWN, DataError, Ragged
-
-LONGEST_LINE = 1 << 24  # characters of one JSON line
-CHUNK = 4096  # rows scored at once: memory does not grow with the file
+from cbmlc_jax.data.dataset import DataError, Inputs
 
 
 class Predictor:
@@ -39,15 +35,19 @@ class Predictor:
             raise run_lib.RunError(f"{path} cannot be read: {error}") from error
         self.label_names = inputs["label_names"]
         self.feature_names = inputs["feature_names"]
-        self._feature_index = {n: i for i, n in enumerate(self.feature_names)}
-        self._is_sequence = self.feature_names[0] == UNKNOWN
+        self._kind, self._side = inputs["kind"], config.data.side
+        self._config, num_features = config, inputs["num_features"]
         meta = models.Meta(
-            num_features=len(self.feature_names),
+            num_features=num_features,
             label_vectors=np.zeros(
                 (len(self.label_names), inputs["embedding_width"]), np.float32
             ),
             label_counts=np.array(inputs["label_counts"]),
             max_labels=inputs["max_labels"],
+            inputs={k: (tuple(v[0]), v[1]) for k, v in inputs["inputs"].items()},
+            # Those of training are in the checkpoint.
+            feature_mean=np.zeros(num_features, np.float32),
+            feature_scale=np.ones(num_features, np.float32),
         )
         self._system = systems.create(
             config,
@@ -57,99 +57,20 @@ class Predictor:
         )
         self._params, _, _ = run_lib.chosen_params(workdir, self._system.like)
 
-    def scores(self, inputs: Ragged) -> np.ndarray:
+    def scores(self, inputs: Inputs) -> np.ndarray:
         """float32 [N, L] probabilities."""
+        [inputs] = task.model_inputs(self._config, inputs, keep=False)
         return self._system.scores(self._params, inputs)
 
-    def read(self, path: str) -> Iterator[Ragged]:
-        """Inputs of an ARFF file of the same header, or of JSON lines, in chunks.
-
-        A JSON line holds `features`, a list of 0-based feature numbers or an object
-        {feature name: value} whose non-zero values count, or `tokens`, a list of
-        feature names of which unknown ones are left out.  A model of sequences takes
-        `tokens` in their order, unknown ones as such, or `text`, which is cut into
-        tokens as its training data were; of its `features`, only the list.
+    def read(self, path: str) -> Iterator[Inputs]:
+        """Inputs of a file in chunks; see `reading.read`.
 
         Raises:
             DataError: names the file and the line.
         """
-        if path.lower().endswith(".arff"):
-            whole = arff.read_inputs(path, self.feature_names, self.label_names)
-            for start in range(0, len(whole), CHUNK):
-                yield whole.take(np.arange(start, min(start + CHUNK, len(whole))))
-            return
-        rows, unknown = [], 0
-        for number, line in _lines(path):
-            ids, missed = self._row(line, f"{path}, line {number}")
-            rows.append(ids)
-            unknown += missed
-            if len(rows) == CHUNK:
-                yield Ragged.from_rows(rows)
-                rows = []
-        if rows:
-            yield Ragged.from_rows(rows)
-        if unknown:
-            print(
-                f"note: {unknown} tokens are no feature of this model and were left "
-                "out",
-                file=sys.stderr,
-            )
-
-    def _row(self, line: str, where: str) -> tuple[list[int], int]:
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{where}: no JSON ({error})") from None
-        kinds = ["features", "tokens", *(["text"] if self._is_sequence else [])]
-        if not isinstance(row, dict) or sum(kind in row for kind in kinds) != 1:
-            raise DataError(
-                f"{where}: expected an object with one of "
-                + ", ".join(f"`{kind}`" for kind in kinds)
-            )
-        if "text" in row:
-            if not isinstance(row["text"], str):
-                raise DataError(f"{where}: `text` must be a string")
-            row = {"tokens": reuters.tokens(row["text"])}
-        if "tokens" in row:
-            tokens = row["tokens"]
-            if not _all(tokens, str):
-                raise DataError(f"{where}: `tokens` must be a list of strings")
-            if self._is_sequence:
-                return [self._feature_index.get(t, 0) for t in tokens], 0
-            known = [self._feature_index[t] for t in tokens if t in self._feature_index]
-            return sorted(set(known)), len(tokens) - len(known)
-        features = row["features"]
-        if isinstance(features, dict) and not self._is_sequence:
-            for name in features:
-                if name not in self._feature_index:
-                    raise DataError(f"{where}: {name!r} is no feature of this model")
-            return sorted(self._feature_index[n] for n, v in features.items() if v), 0
-        if not _all(features, int):
-            raise DataError(f"{where}: `features` must be a list of feature numbers")
-        for number in features:
-            if not 0 <= number < len(self.feature_names):
-                raise DataError(
-                    f"{where}: feature {number} is not in 0.."
-                    f"{len(self.feature_names) - 1}"
-                )
-        return features if self._is_sequence else sorted(set(features)), 0
-
-
-def _all(values, kind: type) -> bool:
-    return isinstance(values, list) and all(
-        isinstance(v, kind) and not isinstance(v, bool) for v in values
-    )
-
-
-def _lines(path: str) -> Iterator[tuple[int, str]]:
-    with open(path, encoding="utf8") as file:
-        number = 0
-        while line := file.readline(LONGEST_LINE):
-            number += 1
-            if len(line) == LONGEST_LINE:
-                raise DataError(f"{path}, line {number}: longer than {LONGEST_LINE}")
-            if line.strip():
-                yield number, line
+        return reading.read(
+            path, self._kind, self.feature_names, self.label_names, self._side
+        )
 
 
 def _graph(neighbours: list | None, weights: list | None) -> np.ndarray | None:
@@ -171,7 +92,7 @@ def choose_threshold(workdir: str, protocol: str, metric: str) -> float:
     Raises:
         RunError: the run is not finished, so that it has no thresholds yet.
     """
-    rows = results.read_jsonl(os.path.join(workdir, "results.jsonl"))
+    rows = files.read_jsonl(os.path.join(workdir, "results.jsonl"))
     if not rows:
         raise run_lib.RunError(
             f"{workdir} has no finished run, so no threshold was chosen: let it finish "
@@ -211,7 +132,7 @@ def predict_file(
     """
     if not source:
         raise DataError("--mode=predict needs --input, an ARFF or JSON lines file")
-    if not os.path.isfile(source):
+    if not os.path.exists(source):
         raise DataError(f"no such file: {source}")
     if threshold is None:
         threshold = choose_threshold(workdir, protocol, metric)
@@ -220,7 +141,7 @@ def predict_file(
     if target is None:
         sys.stdout.writelines(rows)
     else:
-        results.write_atomic(target, rows)
+        files.write_atomic(target, rows)
 
 
 def _rows(predictor, source, threshold, top_k) -> Iterator[str]:

@@ -12,9 +12,10 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from cbmlc_jax import checkpoints, evaluate, results, systems, thresholds
+from cbmlc_jax import checkpoints, evaluate, files, results, systems, thresholds
 from cbmlc_jax import config as config_lib
 from cbmlc_jax import task as task_lib
+from cbmlc_jax.data import pipeline
 
 
 class RunError(ValueError):
@@ -81,6 +82,7 @@ class Run:
             scores = self.out_of_fold.scores
         else:
             scores = self.system.scores(params, task.validation.inputs)
+        scores = counted(scores, task.validation)
         return evaluate.Validation(
             scores=scores,
             labels=task.validation.labels,
@@ -112,6 +114,7 @@ class Run:
         validation = self.validation(params)
         test = self.task.test
         scores, decoded = self.system.predict(params, test.inputs)
+        scores = counted(scores, test)
         parts, warnings = evaluate.protocols(
             validation,
             scores,
@@ -144,6 +147,14 @@ class Run:
             device=jax.local_devices()[0].device_kind,
         )
         return row, results.report(row, scores, self.task, warnings)
+
+
+def counted(scores: np.ndarray, split: pipeline.Split) -> np.ndarray:
+    """Scores with 0 where an entry is to be ignored: there it is a negative that no
+    threshold predicts, and adds to no count of an F1 nor to any average precision."""
+    if split.ignored is None:
+        return scores
+    return np.where(split.ignored, np.float32(0), scores)
 
 
 def choose_epoch(history: list[dict]) -> int:
@@ -188,7 +199,7 @@ def claim(config, workdir: str) -> bool:
                 f"{workdir} is not empty and has no config.json ({others[0]} lies "
                 "there): choose another --workdir"
             )
-        results.write_atomic(path, json.dumps(mine, indent=2) + "\n")
+        files.write_atomic(path, json.dumps(mine, indent=2) + "\n")
         return True
     differing = config_lib.differences(mine, saved_config(workdir))
     if differing:
@@ -237,6 +248,9 @@ def write_inputs(run: Run) -> None:
         "embedding_width": int(task.meta.label_vectors.shape[1]),
         "label_counts": task.meta.label_counts.tolist(),
         "max_labels": task.meta.max_labels,
+        "kind": task.dataset.kind,
+        "num_features": task.meta.num_features,
+        "inputs": task.meta.inputs,
         "widths": task.widths,
         "graph": None
         if graph is None
@@ -246,7 +260,7 @@ def write_inputs(run: Run) -> None:
         else None,
     }
     path = os.path.join(run.workdir, "inputs.json")
-    results.write_atomic(path, json.dumps(content) + "\n")
+    files.write_atomic(path, json.dumps(content) + "\n")
 
 
 def chosen_params(workdir: str, like: PyTree) -> tuple[PyTree, int, list[dict]]:
@@ -288,9 +302,9 @@ def evaluate_checkpoint(workdir: str, data_dir: str | None, command: str) -> dic
     run = Run(config, workdir, out_of_fold=_saved_out_of_fold(config, workdir))
     params, best, history = chosen_params(workdir, run.system.like)
     row, text = run.finish(params, history, best, command)
-    results.write_jsonl(os.path.join(workdir, "eval.jsonl"), [row])
+    files.write_jsonl(os.path.join(workdir, "eval.jsonl"), [row])
     print(text)
-    before = results.read_jsonl(os.path.join(workdir, "results.jsonl"))
+    before = files.read_jsonl(os.path.join(workdir, "results.jsonl"))
     if before:
         print(_compare(before[-1], row))
     return row

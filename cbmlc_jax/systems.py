@@ -1,4 +1,6 @@
-"""What every model looks like to the rest: parameters and `scores(params, inputs)`.
+"""What every model looks like to the rest: `scores(variables, inputs)`.
+
+The variables of a model are all that it learnt, a tree of arrays.
 
 `Neural` is trained by gradient (train.py), `Fitted` in one call (fit.py); evaluation,
 checkpoints and prediction do not know which of the two they hold.
@@ -12,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, PyTree
 
-from cbmlc_jax import models, rngs
+from cbmlc_jax import backbones, models, rngs
 from cbmlc_jax.data import pipeline
 from cbmlc_jax.models import baselines
 from cbmlc_jax.parallel import Devices
@@ -39,41 +41,53 @@ class Neural:
         self.train_devices = Devices.local(config.train.batch_size, limit)
         self._devices = Devices.local(config.eval.batch_size, limit)
         self._batch_size, self._widths = config.eval.batch_size, widths
-        self._graph, self._seed = graph, config.seed
-        self._num_labels = len(meta.label_vectors)
+        self._workers = config.data.workers
+        self._graph, self._seed, self._meta = graph, config.seed, meta
+        self._encoder = config.model.encoder
         self.model = models.create_model(config, meta)
 
-        def step(params, batch, graph):
-            outputs = self.model.apply({"params": params}, batch["tokens"], graph)
+        def step(variables, batch, graph):
+            outputs = self.model.apply(variables, model_inputs(batch), graph)
             return jax.nn.sigmoid(outputs.logits), outputs.decoded
 
         self._step = self._devices.compile(step)
 
     def init(self) -> PyTree:
-        """Initial parameters."""
-        return init_params(self.model, self._seed, self._num_labels)
+        """Initial variables: random, but for an image network with given weights.
+
+        Raises:
+            WeightsError: the weights are missing, damaged or of another network.
+        """
+        variables = init_variables(self.model, self._seed, self._meta)
+        network, given = self._encoder.name, self._encoder.weights
+        if network in models.BACKBONES and given != backbones.RANDOM:
+            variables = backbones.into(variables, self._encoder)
+        return variables
 
     @property
     def like(self) -> PyTree:
-        """Shapes and types of the parameters."""
-        return jax.eval_shape(self.init)
+        """Shapes and types of the variables."""
+        return jax.eval_shape(
+            lambda: init_variables(self.model, self._seed, self._meta)
+        )
 
-    def scores(self, params: PyTree, inputs: pipeline.Ragged) -> Scores:
+    def scores(self, variables: PyTree, inputs: pipeline.Inputs) -> Scores:
         """float32 [N, L] probabilities, in the order of `inputs`."""
-        return self.predict(params, inputs)[0]
+        return self.predict(variables, inputs)[0]
 
     def predict(
-        self, params: PyTree, inputs: pipeline.Ragged
+        self, variables: PyTree, inputs: pipeline.Inputs
     ) -> tuple[
         Float[np.ndarray, "rows labels"], Bool[np.ndarray, "rows labels"] | None
     ]:
         """Scores, and the labels that the model itself decodes, if it does."""
-        params = self._devices.replicate(params)
+        variables = self._devices.replicate(variables)
         plan = pipeline.plan_batches(inputs.lengths, self._batch_size, self._widths)
         results: list[np.ndarray | None] = [None, None]
-        batches = pipeline.batches(inputs, None, plan)
+        source = pipeline.Batches(inputs, plan, None)
+        batches = pipeline.stream(source, workers=self._workers)
         for rows, batch in zip(plan.rows, batches, strict=True):
-            out = self._step(params, self._devices.shard(batch), self._graph)
+            out = self._step(variables, self._devices.shard(batch), self._graph)
             for i, array in enumerate(out):
                 if array is None:
                     continue
@@ -86,17 +100,28 @@ class Neural:
         return results[0].astype(np.float32), results[1]
 
 
-def init_params(model: nn.Module, seed: int, num_labels: int = 1) -> PyTree:
-    """Initial parameters: one compiled program, its stream named "params"."""
+def model_inputs(batch: dict) -> dict:
+    """The arrays of a batch that a model scores."""
+    return {name: batch[name] for name in models.INPUTS if name in batch}
+
+
+def init_variables(model: nn.Module, seed: int, meta: models.Meta) -> PyTree:
+    """{"params": tree, "batch_stats": tree where there are any}, at random.
+
+    One compiled program; its stream is named "params".
+    """
     # As in training, so that what reads the labels is there; no draw but that of
     # "params" reaches the parameters.
     keys = {n: rngs.stream(seed, n) for n in ("params", "dropout", "sample")}
     batch = {
-        "tokens": jnp.ones((1, 8), jnp.int32),
+        "inputs": {
+            name: jnp.ones((1, *shape), dtype)
+            for name, (shape, dtype) in meta.inputs.items()
+        },
         "rows": jnp.zeros(1, jnp.uint32),
-        "labels": jnp.ones((1, num_labels), jnp.uint8),
+        "labels": jnp.ones((1, len(meta.label_vectors)), jnp.uint8),
     }
-    return jax.jit(model.init)(keys, **batch)["params"]
+    return jax.jit(model.init)(keys, **batch)
 
 
 class Fitted:
@@ -118,16 +143,16 @@ class Fitted:
         self._num_features = meta.num_features
         self._decodes = config.model.name in baselines.DECIDES_AT_HALF
 
-    def inputs(self, inputs: pipeline.Ragged):
+    def inputs(self, inputs: pipeline.Inputs):
         """As the estimators read them."""
-        return inputs.csr(self._num_features)
+        return inputs.matrix(self._num_features)
 
-    def scores(self, params: PyTree, inputs: pipeline.Ragged) -> Scores:
+    def scores(self, params: PyTree, inputs: pipeline.Inputs) -> Scores:
         """float32 [N, L], in the order of `inputs`."""
         return self.candidates[0][1].scores(params, self.inputs(inputs))
 
     def predict(
-        self, params: PyTree, inputs: pipeline.Ragged
+        self, params: PyTree, inputs: pipeline.Inputs
     ) -> tuple[
         Float[np.ndarray, "rows labels"], Bool[np.ndarray, "rows labels"] | None
     ]:
@@ -143,6 +168,7 @@ def create(config, meta: models.Meta, widths: list[int], graph) -> Neural | Fitt
     return Fitted(config, meta)
 
 
-def num_params(params: PyTree) -> int:
-    """Number of numbers in a tree of parameters."""
+def num_params(variables: PyTree) -> int:
+    """Number of parameters; running statistics are none."""
+    params = variables.get("params", variables)
     return sum(int(np.size(x)) for x in jax.tree.leaves(params))

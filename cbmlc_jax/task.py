@@ -10,12 +10,14 @@ import dataclasses
 
 import numpy as np
 
+from cbmlc_jax import backbones, embeddings, noise, rngs
 from cbmlc_jax import config as config_lib
-from cbmlc_jax import embeddings, noise, rngs
 from cbmlc_jax.data import pipeline
-from cbmlc_jax.models import READS_LABEL_VECTORS, Meta
+from cbmlc_jax.models import MODELS, READS_LABEL_VECTORS, Meta
 from cbmlc_jax.models.baselines.ml_gcn import correlation_adjacency
 from cbmlc_jax.thresholds import Rates
+
+ALL_STAGES = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +26,14 @@ class Task:
 
     Attributes:
         dataset: as read, clean.
+        inputs: of all official training rows, as the model reads them: those of the
+            data set, or what a frozen image network makes of them.
         noisy: uint8 [N, L] noisy labels of all official training rows.
         train: training rows with their noisy labels.
         validation: validation rows with the labels that training may see; under
             cross-fitting all training rows, scored by models that did not see them.
         validation_clean: [N_val, L] their clean labels, for the clean_val protocol.
-        test: official test rows, never noisy.
+        test: official test rows, never noisy; inputs as the model reads them.
         rates: of the noise on the training rows.
         realised: what the noise did, on "train" and "validation".
         prior: float64 [L] mean noisy label of the training rows.
@@ -41,6 +45,7 @@ class Task:
     """
 
     dataset: pipeline.Dataset
+    inputs: pipeline.Inputs
     noisy: np.ndarray
     train: pipeline.Split
     validation: pipeline.Split
@@ -59,10 +64,12 @@ def build(config) -> Task:
     """Reads the data, draws noise and split, looks up the word vectors.
 
     Raises:
-        DataError, EmbeddingError: see there.
+        DataError, EmbeddingError, WeightsError: see there.
     """
     folder = config_lib.data_dir(config)
-    dataset = pipeline.load(config.data.name, folder)
+    dataset = pipeline.load(config.data, folder)
+    inputs, test = model_inputs(config, dataset.train.inputs, dataset.test.inputs)
+    test = dataclasses.replace(dataset.test, inputs=test)
     # Coins belong to the official row, so that the split does not change them.
     noisy = noise.inject(
         rngs.stream(config.noise.seed, "noise"),
@@ -84,7 +91,42 @@ def build(config) -> Task:
             stratified=config.data.stratified,
         )
     vectors, found = _label_vectors(config, dataset, folder)
-    return _on_rows(config, dataset, noisy, vectors, found, train_rows, validation_rows)
+    whole = (dataset, inputs, test, noisy, vectors, found)
+    return _on_rows(config, whole, train_rows, validation_rows)
+
+
+def model_inputs(
+    config, *inputs: pipeline.Inputs, keep: bool = True
+) -> tuple[pipeline.Inputs, ...]:
+    """Inputs as the model of the config reads them.
+
+    The frozen part of an image network is run here, once, where it is to be cached;
+    an estimator gets all of the network.
+
+    Args:
+        config: validated.
+        *inputs: as read.
+        keep: keep what was computed in the cache.
+
+    Raises:
+        DataError, WeightsError: see `backbones.features`.
+    """
+    settings, neural = config.model.encoder, config.model.name in MODELS
+    if not inputs[0].decodes or (neural and not settings.cache_features):
+        return inputs
+    return tuple(
+        backbones.features(
+            some,
+            settings,
+            side=config.data.side,
+            stages=settings.frozen_stages if neural else ALL_STAGES,
+            seed=config.seed,
+            batch_size=config.eval.batch_size,
+            workers=config.data.workers,
+            cache_dir=config_lib.cache_dir(config) if keep else None,
+        )
+        for some in inputs
+    )
 
 
 def fold(config, task: Task, held_out: np.ndarray) -> Task:
@@ -95,9 +137,8 @@ def fold(config, task: Task, held_out: np.ndarray) -> Task:
     """
     others = np.setdiff1d(np.arange(len(task.noisy)), held_out)
     vectors = task.meta.label_vectors
-    part = _on_rows(
-        config, task.dataset, task.noisy, vectors, task.embeddings, others, held_out
-    )
+    whole = (task.dataset, task.inputs, task.test, task.noisy, vectors, task.embeddings)
+    part = _on_rows(config, whole, others, held_out)
     return dataclasses.replace(part, rates=task.rates)
 
 
@@ -122,36 +163,56 @@ def _label_vectors(config, dataset, folder) -> tuple[np.ndarray, dict | None]:
     }
 
 
-def _on_rows(
-    config, dataset, noisy, vectors, found, train_rows, validation_rows
-) -> Task:
-    clean, inputs = dataset.train.labels, dataset.train.inputs
+def _on_rows(config, whole: tuple, train_rows, validation_rows) -> Task:
+    dataset, inputs, test, noisy, vectors, found = whole
+    clean = dataset.train.labels
     seen = clean if config.noise.validation == "clean" else noisy
     realised = {
         "train": noise.realised(clean[train_rows], noisy[train_rows]),
         "validation": noise.realised(clean[validation_rows], noisy[validation_rows]),
     }
-    train = pipeline.Split(inputs.take(train_rows), noisy[train_rows])
+    ignored = dataset.train.ignored
+
+    def split(labels: np.ndarray, rows: np.ndarray) -> pipeline.Split:
+        return pipeline.Split(inputs, labels, ignored).take(rows)
+
+    train = split(noisy, train_rows)
     return Task(
         dataset=dataset,
+        inputs=inputs,
         noisy=noisy,
         train=train,
-        validation=pipeline.Split(inputs.take(validation_rows), seen[validation_rows]),
+        validation=split(seen, validation_rows),
         validation_clean=clean[validation_rows],
-        test=dataset.test,
+        test=test,
         rates=Rates(realised["train"].p01, realised["train"].p10, "known"),
         realised=realised,
         prior=train.labels.mean(0),
         meta=Meta(
-            num_features=len(dataset.feature_names),
             label_vectors=vectors,
             label_counts=train.labels.sum(0, dtype=np.int64),
             max_labels=int(train.labels.sum(1).max()),
+            **_input_meta(train.inputs, dataset.feature_names),
         ),
         embeddings=found,
         graph=_graph(config, train.labels, dataset.label_names),
         widths=pipeline.bucket_widths(train.inputs.lengths, config.data.length_buckets),
     )
+
+
+def _input_meta(inputs: pipeline.Inputs, feature_names: tuple[str, ...]) -> dict:
+    """What Meta says of the inputs."""
+    example = inputs.batch(np.array([-1]), 8)
+    meta = {
+        "num_features": len(feature_names),
+        "inputs": {k: (v.shape[1:], str(v.dtype)) for k, v in example.items()},
+    }
+    if isinstance(inputs, pipeline.Dense) and inputs.values.ndim == 2:
+        deviation = inputs.values.std(0)
+        meta["num_features"] = inputs.values.shape[1]
+        meta["feature_mean"] = inputs.values.mean(0)
+        meta["feature_scale"] = np.where(deviation > 0, deviation, 1)
+    return meta
 
 
 def _graph(config, labels: np.ndarray, names: tuple[str, ...]) -> np.ndarray | None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import flax.struct
 import jax
@@ -15,11 +16,11 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from cbmlc_jax import checkpoints, losses, optim, results, rngs
+from cbmlc_jax import checkpoints, files, losses, optim, rngs, systems
 from cbmlc_jax import run as run_lib
 from cbmlc_jax.data import pipeline
-from cbmlc_jax.models import CONSTANT, OWN_OBJECTIVE
-from cbmlc_jax.parallel import gathered, total
+from cbmlc_jax.models import BACKBONES, CONSTANT, OWN_OBJECTIVE, create_backbone
+from cbmlc_jax.parallel import gathered, mean, total
 from cbmlc_jax.progress import Progress
 from cbmlc_jax.thresholds import Rates
 
@@ -31,12 +32,21 @@ class TrainState:
     Attributes:
         step: int32 [], optimizer steps done.
         params: model parameters.
+        stats: running averages of batch normalisation; {} where there is none.
         opt_state: Optax state.
     """
 
     step: Array
     params: PyTree
+    stats: PyTree
     opt_state: PyTree
+
+    @property
+    def variables(self) -> PyTree:
+        """What the system scores with."""
+        return {"params": self.params} | (
+            {"batch_stats": self.stats} if self.stats else {}
+        )
 
 
 def element_losses(
@@ -114,10 +124,10 @@ def make_train_step(
     sample_key = rngs.stream(config.seed, "sample")
     gather = functools.partial(gathered, axis=axis)
 
-    def data_loss(params, batch, graph, step):
-        outputs = model.apply(
-            {"params": params},
-            batch["tokens"],
+    def data_loss(params, stats, batch, graph, step):
+        outputs, changed = model.apply(
+            {"params": params, "batch_stats": stats},
+            systems.model_inputs(batch),
             graph,
             batch["rows"],
             batch["labels"],
@@ -125,9 +135,11 @@ def make_train_step(
                 "dropout": jax.random.fold_in(dropout_key, step),
                 "sample": jax.random.fold_in(sample_key, step),
             },
+            mutable=["batch_stats"],
         )
+        stats = changed.get("batch_stats", {})
         if outputs.loss is not None:
-            return jnp.sum(jnp.where(batch["mask"], outputs.loss, 0.0))
+            return jnp.sum(jnp.where(batch["mask"], outputs.loss, 0.0)), stats
         labels = batch["labels"].astype(outputs.logits.dtype)
 
         def summed(logits):
@@ -135,12 +147,14 @@ def make_train_step(
             element = element_losses(
                 settings, logits, labels, mask, epoch, rates, gather
             )
+            if "ignored" in batch:
+                element = jnp.where(batch["ignored"], 0.0, element)
             return losses.total(element, mask)
 
         loss = summed(outputs.logits)
         if outputs.intermediate is not None:
             loss += weight * jnp.sum(jax.vmap(summed)(outputs.intermediate))
-        return loss
+        return loss, stats
 
     def context_loss(params, word_vectors):
         embeddings = params["decoder"]["label_embeddings"]
@@ -148,8 +162,8 @@ def make_train_step(
         return settings.cb_weight * penalty
 
     def step(state: TrainState, batch, constants):
-        loss, grads = jax.value_and_grad(data_loss)(
-            state.params, batch, constants["graph"], state.step
+        (loss, stats), grads = jax.value_and_grad(data_loss, has_aux=True)(
+            state.params, state.stats, batch, constants["graph"], state.step
         )
         examples = jnp.sum(batch["mask"])
         loss, grads, examples = total((loss, grads, examples), axis)
@@ -166,7 +180,7 @@ def make_train_step(
             loss, grads = loss + context, jax.tree.map(jnp.add, grads, more)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        state = TrainState(state.step + 1, params, opt_state)
+        state = TrainState(state.step + 1, params, mean(stats, axis), opt_state)
         return state, {"loss": loss, "examples": examples}
 
     return step
@@ -174,11 +188,13 @@ def make_train_step(
 
 def make_tx(config, steps_per_epoch: int) -> optax.GradientTransformation:
     """The optimizer that config.optim describes."""
-    settings, frozen = config.optim, ()
-    if config.model.name == "ml_gcn":
-        frozen = CONSTANT
-    elif not config.embeddings.trainable:
-        frozen = ("label_embeddings",)
+    settings, encoder = config.optim, config.model.encoder
+    frozen, slow = CONSTANT, None
+    if not config.embeddings.trainable:
+        frozen += ("label_embeddings",)
+    if encoder.name in BACKBONES:
+        frozen += create_backbone(encoder).frozen_modules
+        slow = ("backbone", settings.backbone_rate)
     return optim.make_optimizer(
         name=settings.name,
         learning_rate=optim.decayed(
@@ -192,6 +208,7 @@ def make_tx(config, steps_per_epoch: int) -> optax.GradientTransformation:
         weight_decay=settings.weight_decay,
         decoupled=settings.decoupled,
         frozen=frozen,
+        slow=slow,
     )
 
 
@@ -199,18 +216,26 @@ def _start(
     run: run_lib.Run, store: checkpoints.Checkpoints
 ) -> tuple[TrainState, list[dict]]:
     """A fresh state, or that of the newest checkpoint with its history."""
-    params = run.system.init()
+    variables = run.system.init() if not store.epochs else run.system.like
+    params, stats = variables["params"], variables.get("batch_stats", {})
     tx = make_tx(run.config, _steps_per_epoch(run))
-    state = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
     if not store.epochs:
-        return state, []
+        step = jnp.zeros((), jnp.int32)
+        return TrainState(step, params, stats, tx.init(params)), []
     newest = store.epochs[-1]
-    like = checkpoints.abstract(state)
-    rest = store.rest(newest, {"step": like.step, "opt_state": like.opt_state})
-    params = store.params(newest, like.params)
+    like = checkpoints.abstract(jax.eval_shape(tx.init, params))
+    step = checkpoints.abstract(jnp.zeros((), jnp.int32))
+    rest = store.rest(newest, {"step": step, "opt_state": like})
+    variables = store.params(newest, variables)
     history = store.history(newest)
     print(f"resuming {run.workdir} after epoch {newest}", flush=True)
-    return TrainState(rest["step"], params, rest["opt_state"]), history
+    state = TrainState(
+        rest["step"],
+        variables["params"],
+        variables.get("batch_stats", {}),
+        rest["opt_state"],
+    )
+    return state, history
 
 
 def _steps_per_epoch(run: run_lib.Run) -> int:
@@ -247,9 +272,19 @@ def fit(run: run_lib.Run, store: checkpoints.Checkpoints) -> list[dict]:
     )
     constants = {"graph": task.graph, "word_vectors": task.meta.label_vectors}
     done, epochs = len(history), run.last_epoch
+    source = pipeline.Epochs(
+        task.train,
+        config.train.batch_size,
+        task.widths,
+        config.seed,
+        epochs,
+        augment=config.data.augment and task.train.inputs.decodes,
+    )
+    # The position in the data is the number of steps, which the checkpoint holds.
+    batches = pipeline.stream(source, done * steps_per_epoch, config.data.workers)
     state = devices.replicate(state)
     metrics_path = os.path.join(run.workdir, "metrics.jsonl")
-    results.write_jsonl(metrics_path, history)
+    files.write_jsonl(metrics_path, history)
     with (
         contextlib.closing(
             Progress(epochs, steps_per_epoch, done, config.train.progress)
@@ -260,7 +295,8 @@ def fit(run: run_lib.Run, store: checkpoints.Checkpoints) -> list[dict]:
             if run.out_of_patience(history):
                 break
             start = time.perf_counter()
-            state, loss = _epoch(run, step, state, constants, epoch, progress)
+            ours = itertools.islice(batches, steps_per_epoch)
+            state, loss = _epoch(run, step, state, constants, epoch, ours, progress)
             seconds = time.perf_counter() - start
             selection = _select(run, state, epoch)
             line = {
@@ -272,7 +308,7 @@ def fit(run: run_lib.Run, store: checkpoints.Checkpoints) -> list[dict]:
                 "seconds": round(time.perf_counter() - start, 2),
             }
             history = [*history, line]
-            results.write_jsonl(metrics_path, history)
+            files.write_jsonl(metrics_path, history)
             writer.add_scalar("train/loss", loss, epoch)
             if selection["score"] is not None:
                 name = f"validation/{selection['rule']}_miF1"
@@ -288,31 +324,27 @@ def _select(run: run_lib.Run, state: TrainState, epoch: int) -> dict:
     settings = run.config.train
     if epoch % settings.eval_every and epoch != run.last_epoch:
         return {"rule": settings.selection, "score": None}
-    return run.select(run.system.train_devices.first(state.params), epoch)
+    return run.select(run.system.train_devices.first(state.variables), epoch)
 
 
-def _epoch(run: run_lib.Run, step, state, constants, epoch: int, progress: Progress):
+def _epoch(
+    run: run_lib.Run,
+    step,
+    state,
+    constants,
+    epoch: int,
+    batches: Iterable[dict[str, np.ndarray]],
+    progress: Progress,
+):
     """One pass over the training rows; returns the state and the loss per row."""
-    config, task, devices = run.config, run.task, run.system.train_devices
-    if config.loss.name == "forward" and not task.rates.usable:
-        raise run_lib.RunError(
-            f"the noise rates r0={task.rates.r0:.3f}, r1={task.rates.r1:.3f} leave no "
-            "information to correct: choose another config.loss.name than forward"
-        )
-    plan = pipeline.plan_batches(
-        task.train.inputs.lengths,
-        config.train.batch_size,
-        task.widths,
-        rngs.generator(config.seed, "order", epoch),
-    )
-    summed, seen, waiting = 0.0, 0, []
-    batches = pipeline.batches(task.train.inputs, task.train.labels, plan)
+    config, devices = run.config, run.system.train_devices
+    steps, summed, seen, waiting = _steps_per_epoch(run), 0.0, 0, []
     for number, batch in enumerate(batches, 1):
         state, metrics = step(state, devices.shard(batch), constants)
         waiting.append(devices.first(metrics))
         # Seldom enough to keep the device busy, often enough to show progress (and
         # many virtual CPU devices deadlock when far more steps are in flight).
-        if number % 8 == 0 or number == len(plan):
+        if number % 8 == 0 or number == steps:
             for m in jax.device_get(waiting):
                 rows = int(m["examples"])
                 summed += float(m["loss"]) * (
@@ -338,5 +370,5 @@ def _save(run: run_lib.Run, store, state: TrainState, history: list[dict]) -> No
         return
     state = run.system.train_devices.first(state)
     rest = {"step": state.step, "opt_state": state.opt_state}
-    store.save(epoch, state.params, rest, history)
+    store.save(epoch, state.variables, rest, history)
     store.keep_only({*store.epochs[-settings.keep :], best})

@@ -14,7 +14,7 @@ import sys
 
 import numpy as np
 
-from cbmlc_jax import metrics, results, thresholds
+from cbmlc_jax import files, metrics, thresholds
 
 # Keys of the delta that name a seed.
 SEEDS = ("seed", "noise.seed", "data.split_seed")
@@ -105,7 +105,7 @@ def main(paths: list[str]) -> None:
     """Prints the table of the rows in the given JSON lines files."""
     if not paths:
         sys.exit("usage: python -m experiments.tables ROWS.jsonl ...")
-    rows = [row for path in paths for row in results.read_jsonl(path)]
+    rows = [row for path in paths for row in files.read_jsonl(path)]
     print("\n".join(lines(rows)))
 
 

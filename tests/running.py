@@ -10,7 +10,7 @@ import sys
 import numpy as np
 
 from cbmlc_jax import config as config_lib
-from cbmlc_jax import models
+from cbmlc_jax import models, systems
 
 ROOT = pathlib.Path(__file__).parent.parent
 # One shape to compile, a model of a few thousand parameters, one device.
@@ -43,6 +43,12 @@ def meta(num_features: int, vectors: np.ndarray) -> models.Meta:
     """What a model knows of data with these word vectors [L, P]."""
     labels = len(vectors)
     return models.Meta(num_features, vectors, np.arange(labels, 0, -1), min(labels, 4))
+
+
+def init_params(model, seed: int = 0, num_labels: int = 1):
+    """Initial parameters of a model of tokens."""
+    vectors = np.zeros((num_labels, 1), np.float32)
+    return systems.init_variables(model, seed, meta(1, vectors))["params"]
 
 
 def flags(**changes) -> list[str]:

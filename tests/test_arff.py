@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cbmlc_jax.data import arff
-from cbmlc_jax.data.dataset import DataError
+from cbmlc_jax.data.dataset import DataError, Dense, Ragged
 
 HEADER = """% comment
 @RELATION 'a set'
@@ -41,7 +41,7 @@ def test_sparse_and_dense_rows_read_the_same(tmp_path):
     dense = "1,0,0,0,1\n0,0,0,0,0\n0, 1 ,1,1.0,0\n'1',0,0,0.0,0"
     for text in (sparse, dense, sparse.replace("\n", "\r\n")):
         path = write(tmp_path, HEADER + text)
-        names, split = arff.read_rows(path, ["TAG_a", "TAG_b"])
+        names, split = arff.read_rows(path, ["TAG_a", "TAG_b"], dense=False)
         assert names == ("red", "deep blue", "green")
         assert rows(split.inputs) == [[0], [], [1, 2], [0]]
         # TAG_b stands first in the header, TAG_a first in the result.
@@ -52,7 +52,8 @@ def test_sparse_and_dense_rows_read_the_same(tmp_path):
 
 
 def test_without_label_names_all_attributes_are_features(tmp_path):
-    names, split = arff.read_rows(write(tmp_path, HEADER + "{0 1,4 1}\n"))
+    path = write(tmp_path, HEADER + "{0 1,4 1}\n")
+    names, split = arff.read_rows(path, dense=False)
     assert names == ("red", "deep blue", "TAG_b", "green", "TAG_a")
     assert rows(split.inputs) == [[0, 4]]
     assert split.labels.shape == (1, 0)
@@ -105,10 +106,13 @@ def test_names_keep_quotes_escapes_and_latin_1(tmp_path):
         ("{1 1,0 1,1 0}", "index 1 stands twice"),
         ("{0 2}", "attribute 'red' is '2', not 0 or 1"),
         ("{4 x}", "attribute 'TAG_a' is 'x', not 0 or 1"),
-        ("{3 0.5}", "'green' is '0.5': real-valued features are not supported"),
-        ("{3 many}", "'green' is no number"),
-        ("{3 nan}", "real-valued"),
-        ("{0 ?}", r"'red' has no value \('\?'\)"),
+        ("{3 many}", "'green' is no number: 'many'"),
+        ("{3 ?}", r"'green' has no value \('\?'\); give it a number"),
+        ("{3 nan}", "'green' is 'nan', not finite in float32"),
+        ("0,0,0,-inf,0", "'green' is '-inf', not finite in float32"),
+        ("{3 3.5e38}", "'green' is '3.5e38', not finite in float32"),
+        ("{3 0.5, 0 0.5}", "'red' is '0.5', not 0 or 1"),
+        ("{0 ?}", r"'red' has no value \('\?'\); give it 0 or 1"),
         ("1,0,0,0", "4 values in a row, but 5 attributes"),
         ("1,0,0,0,0,1", "6 values in a row, but 5 attributes"),
         ("1,0,,0,0", "'TAG_b' is '', not 0 or 1"),
@@ -145,6 +149,57 @@ def test_broken_header_or_empty_file(tmp_path, text, message):
     with pytest.raises(DataError, match=message) as caught:
         arff.read_rows(path)
     assert str(path) in str(caught.value)
+
+
+def test_numeric_features_make_rows_of_numbers(tmp_path):
+    sparse = "{3 -2.5,1 1,4 1}\n{}\n{3 1,0 1}\n{2 1,3 .5e-3}\n"
+    dense = "0,1,0,-2.5,1\n0,0,0,0,0\n1,0,0,1.0,0\n0,0,1,0.0005,0\n"
+    for text in (sparse, dense):
+        path = write(tmp_path, HEADER + text)
+        names, split = arff.read_rows(path, ["TAG_a", "TAG_b"])
+        assert names == ("red", "deep blue", "green")
+        assert isinstance(split.inputs, Dense)
+        assert split.inputs.values.dtype == np.float32
+        assert split.inputs.values.flags.c_contiguous
+        np.testing.assert_array_equal(
+            split.inputs.values,
+            np.float32([[0, 1, -2.5], [0, 0, 0], [1, 0, 1], [0, 0, 0.0005]]),
+        )
+        assert split.labels.tolist() == [[1, 0], [0, 0], [0, 0], [0, 1]]
+        assert split.labels.dtype == np.uint8
+
+
+def test_types_in_the_header_decide_unless_the_caller_does(tmp_path):
+    # All values are 0 or 1 in both: they say nothing about the kind.
+    nominal = "@attribute a {1,0}\n@attribute b {0,1}\n@attribute l NUMERIC\n@data\n"
+    numeric = nominal.replace("b {0,1}", "b Integer")
+    for header, kind in ((nominal, Ragged), (numeric, Dense)):
+        path = write(tmp_path, header + "{1 1,2 1}\n0,0,0\n")
+        assert isinstance(arff.read_rows(path, ["l"])[1].inputs, kind)
+        as_set = arff.read_rows(path, ["l"], dense=False)[1]
+        as_numbers = arff.read_rows(path, ["l"], dense=True)[1]
+        assert rows(as_set.inputs) == [[0, 1], []]
+        assert as_numbers.inputs.values.tolist() == [[1, 1], [0, 0]]
+        assert as_set.labels.tolist() == as_numbers.labels.tolist() == [[1], [0]]
+    for row, message in (
+        ("0,0.5,0", "'b' is '0.5', not"),
+        ("0,0,2", "'l' is '2', not"),
+    ):
+        path = write(tmp_path, numeric + row)
+        with pytest.raises(DataError, match=f"line 5: attribute {message} 0 or 1"):
+            arff.read_rows(path, ["l"], dense=message.startswith("'l'"))
+
+
+def test_numbers_in_memory_are_bounded(tmp_path, monkeypatch):
+    path = write(tmp_path, HEADER + "{3 .5}\n" * 3)
+    monkeypatch.setattr(arff, "LARGEST_DENSE", 3 * 5 * 4)
+    assert len(arff.read_rows(path)[1]) == 3
+    monkeypatch.setattr(arff, "LARGEST_DENSE", 3 * 5 * 4 - 1)
+    with pytest.raises(DataError, match=r"x\.arff: more than 2 rows of 5 numbers"):
+        arff.read_rows(path)
+    # Sets of few of many words are what takes little.
+    path = write(tmp_path, HEADER.replace("NUMERIC", "{0,1}") + "{3 1}\n" * 3)
+    assert len(arff.read_rows(path)[1]) == 3
 
 
 def test_label_that_the_header_lacks(tmp_path):
@@ -229,13 +284,27 @@ def test_read_mulan_wants_the_same_features_in_both_files(tmp_path):
         arff.read_mulan("x", train, other, xml)
 
 
+def test_read_mulan_reads_both_files_as_the_training_file_says(tmp_path):
+    xml = write(tmp_path, '<l><label name="TAG_a"/><label name="TAG_b"/></l>', "x.xml")
+    nominal = HEADER.replace("NUMERIC", "{0,1}") + "{3 1}\n"
+    paths = [write(tmp_path, HEADER + "{3 1}\n", "a"), write(tmp_path, nominal, "b")]
+    for train, test, kind in ((*paths, Dense), (*paths[::-1], Ragged)):
+        dataset = arff.read_mulan("x", train, test, xml)
+        assert isinstance(dataset.train.inputs, kind)
+        assert isinstance(dataset.test.inputs, kind)
+
+
 def test_read_inputs_needs_no_labels_and_ignores_their_values(tmp_path):
     features, labels = ("red", "deep blue", "green"), ("TAG_a", "TAG_b")
     with_labels = write(tmp_path, HEADER + "1,0,?,1,?\n{1 1,4 ?,2 maybe}\n")
-    assert rows(arff.read_inputs(with_labels, features, labels)) == [[0, 2], [1]]
     header = "\n".join(line for line in HEADER.splitlines() if "TAG" not in line)
     without = write(tmp_path, header + "\n1,0,1\n{1 1}\n", "without.arff")
-    assert rows(arff.read_inputs(without, features, labels)) == [[0, 2], [1]]
+    for path in (with_labels, without):
+        found = arff.read_inputs(path, features, labels, dense=False)
+        assert rows(found) == [[0, 2], [1]]
+        found = arff.read_inputs(path, features, labels)
+        assert isinstance(found, Dense)
+        assert found.values.tolist() == [[1, 0, 1], [0, 1, 0]]
     unknown = write(tmp_path, header + "\n1,?,1\n", "unknown.arff")
     with pytest.raises(DataError, match="line 9: attribute 'deep blue' has no value"):
         arff.read_inputs(unknown, features, labels)
@@ -278,9 +347,11 @@ def quoted(name, quote):
 @given(tables(), st.data())
 def test_round_trip(tmp_path_factory, table, data):
     names, cells, labels = table
+    dense, numeric = data.draw(st.sampled_from([None, True, False])), []
     lines = ["@relation r"]
     for name in names:
         kind = data.draw(st.sampled_from(["{0,1}", "{1, 0}", "numeric", "REAL"]))
+        numeric += [name] if "{" not in kind and name not in labels else []
         quote = data.draw(st.sampled_from("'\""))
         lines.append(f"@attribute {quoted(name, quote)} {kind}")
     inverted = ["{1" in line[-7:] for line in lines[1:]]
@@ -295,10 +366,15 @@ def test_round_trip(tmp_path_factory, table, data):
             order = data.draw(st.permutations(said))
             lines.append("{" + ",".join(f"{i} {int(row[i])}" for i in order) + "}")
     path = write(tmp_path_factory.mktemp("arff"), "\n".join(lines))
-    found, split = arff.read_rows(path, labels)
+    found, split = arff.read_rows(path, labels, dense=dense)
     features = [i for i, name in enumerate(names) if name not in labels]
     assert list(found) == [names[i] for i in features]
-    assert rows(split.inputs) == [np.flatnonzero(r[features]).tolist() for r in cells]
+    assert isinstance(split.inputs, Dense) == (
+        bool(numeric) if dense is None else dense
+    )
+    matrix = split.inputs.matrix(len(features))
+    matrix = matrix if isinstance(split.inputs, Dense) else matrix.toarray()
+    assert matrix.tolist() == cells[:, features].tolist()
     columns = [names.index(name) for name in labels]
     assert split.labels.tolist() == cells[:, columns].astype(int).tolist()
 
@@ -347,7 +423,24 @@ def test_real_first_rows(data_dir):
     assert (split.labels.sum(1) == 0).sum() == 10
 
 
-def test_real_valued_set_is_refused_for_now(data_dir):
-    path = data_dir / "mulan" / "emotions" / "emotions-train.arff"
-    with pytest.raises(DataError, match="line 83: .*not supported yet"):
-        arff.read_rows(path, ["quiet-still"])
+def test_real_numbers(data_dir):
+    folder = data_dir / "mulan" / "emotions"
+    paths = [folder / f"emotions{e}" for e in ("-train.arff", "-test.arff", ".xml")]
+    dataset = arff.read_mulan("emotions", *paths)
+    assert dataset.feature_names[0] == "Mean_Acc1298_Mean_Mem40_Centroid"
+    # Songs per mood of both files, as in the table of Trohidis et al. 2008.
+    assert (dataset.train.labels.sum(0) + dataset.test.labels.sum(0)).tolist() == [
+        *(173, 166, 264),
+        *(148, 168, 189),
+    ]
+    for path, split in zip(paths, (dataset.train, dataset.test), strict=False):
+        # numpy's reader of text takes the 72 features and 6 labels, too.
+        text = path.read_text("latin-1").partition("@data")[2]
+        table = np.loadtxt(text.splitlines(), delimiter=",")
+        assert table.shape == (len(split), 78)
+        np.testing.assert_array_equal(
+            split.inputs.values, table[:, :72].astype(np.float32)
+        )
+        np.testing.assert_array_equal(split.labels, table[:, 72:])
+    found = arff.read_inputs(paths[1], dataset.feature_names, dataset.label_names)
+    np.testing.assert_array_equal(found.values, dataset.test.inputs.values)

@@ -11,7 +11,7 @@ import pytest
 import running
 
 from cbmlc_jax import config as config_lib
-from cbmlc_jax import fit, models, predict, results, systems, train
+from cbmlc_jax import files, fit, models, predict, results, train
 from cbmlc_jax import run as run_lib
 from cbmlc_jax import task as task_lib
 from cbmlc_jax.models import baselines
@@ -50,8 +50,8 @@ def searched(tmp_path_factory) -> pathlib.Path:
 
 
 def test_validation_chooses_the_cost(searched):
-    history = results.read_jsonl(str(searched / "metrics.jsonl"))
-    [row] = results.read_jsonl(str(searched / "results.jsonl"))
+    history = files.read_jsonl(str(searched / "metrics.jsonl"))
+    [row] = files.read_jsonl(str(searched / "results.jsonl"))
     assert [h["settings"]["cost"] for h in history] == list(baselines.COSTS)
     best = max(history, key=lambda h: h["selection"]["score"])
     assert row["selection"]["settings"] == best["settings"]
@@ -65,7 +65,7 @@ def test_validation_chooses_the_cost(searched):
 
 def test_an_estimator_is_evaluated_again_and_predicts(searched, tmp_path):
     copy = pathlib.Path(shutil.copytree(searched, tmp_path / "copy"))
-    [row] = results.read_jsonl(str(copy / "results.jsonl"))
+    [row] = files.read_jsonl(str(copy / "results.jsonl"))
     again = run_lib.evaluate_checkpoint(str(copy), None, "eval")
     for key in set(row) - set(results.PROVENANCE):
         assert row[key] == again[key], key
@@ -127,18 +127,18 @@ def test_cross_fitting_an_estimator(tmp_path):
     # Fold 2, by hand: fit on the others with the setting that its validation chose.
     held_out = fit.folds(len(task.noisy), 3, config.data.split_seed)[1]
     others = np.setdiff1d(np.arange(len(task.noisy)), held_out)
-    history = results.read_jsonl(str(workdir / "folds" / "2" / "metrics.jsonl"))
+    history = files.read_jsonl(str(workdir / "folds" / "2" / "metrics.jsonl"))
     best = max(history, key=lambda h: h["selection"]["score"])["settings"]["cost"]
     model = baselines.LRkNN(best, 25, 0.3)
     size = len(task.dataset.feature_names)
     params = model.fit(
-        task.dataset.train.inputs.take(others).csr(size), task.noisy[others]
+        task.dataset.train.inputs.take(others).matrix(size), task.noisy[others]
     )
-    mine = model.scores(params, task.dataset.train.inputs.take(held_out).csr(size))
+    mine = model.scores(params, task.dataset.train.inputs.take(held_out).matrix(size))
     np.testing.assert_allclose(scores[held_out], mine, atol=1e-6)
     # The setting of the last fit is the best on the mean over folds.
     curves = [
-        [h["selection"]["score"] for h in results.read_jsonl(str(p))]
+        [h["selection"]["score"] for h in files.read_jsonl(str(p))]
         for p in sorted((workdir / "folds").glob("*/metrics.jsonl"))
     ]
     number = int(np.argmax(np.mean(curves, 0))) + 1
@@ -168,12 +168,12 @@ def test_cross_fitting_a_neural_model_resumes(tmp_path, monkeypatch):
     assert straight["metrics"] == resumed["metrics"]
     assert straight["epoch"] == resumed["epoch"]
     histories = [
-        results.read_jsonl(str(p))
+        files.read_jsonl(str(p))
         for p in sorted((tmp_path / "straight" / "folds").glob("*/metrics.jsonl"))
     ]
     curve = np.mean([[h["selection"]["score"] for h in x] for x in histories], 0)
     assert straight["epoch"] == int(np.argmax(curve)) + 1
-    last = results.read_jsonl(str(tmp_path / "straight" / "metrics.jsonl"))
+    last = files.read_jsonl(str(tmp_path / "straight" / "metrics.jsonl"))
     assert len(last) == straight["epoch"]
     assert last[-1]["selection"]["score"] == pytest.approx(curve[len(last) - 1])
 
@@ -187,7 +187,7 @@ def test_initial_parameters_are_those_of_the_seed():
     config = running.tiny_config()
     meta = running.meta(11, np.eye(4, 8, dtype=np.float32))
     trees = [
-        systems.init_params(models.create_model(config, meta), seed, 4)
+        running.init_params(models.create_model(config, meta), seed, 4)
         for seed in (0, 0, 1)
     ]
     first, same, other = (t["encoder"]["embedding"] for t in trees)
@@ -232,7 +232,7 @@ PARAMS = {
 }
 
 
-@pytest.mark.parametrize("name", config_lib.CHOICES["model.name"])
+@pytest.mark.parametrize("name", sorted(SMALL))
 def test_every_model_goes_from_config_to_prediction(name, tmp_path):
     """One road: fit, checkpoint, row, predict from the workdir alone."""
     changes = {"model.name": name, "train.num_epochs": 1, "loss.cb_weight": 0.0}
@@ -250,5 +250,5 @@ def test_every_model_goes_from_config_to_prediction(name, tmp_path):
     assert np.isfinite(scores).all() and scores.shape == (9, 40)
     if name == "ml_gcn":  # constants, which predict has from the checkpoint
         np.testing.assert_array_equal(
-            params["label_vectors"], run.task.meta.label_vectors
+            params["params"]["label_vectors"], run.task.meta.label_vectors
         )

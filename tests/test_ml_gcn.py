@@ -79,7 +79,8 @@ class Table(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(self, tokens, rows=None):
+    def __call__(self, inputs, rows=None):
+        tokens = inputs["tokens"]
         table = self.param("table", nn.initializers.normal(1.0), (99, self.width))
         valid = tokens > 0
         return jnp.where(valid[..., None], table[tokens], 1e3), valid
@@ -91,14 +92,14 @@ def small(encoder=None, width=8, num_labels=5):
     model = ml_gcn.MLGCN(
         encoder or Table(20, 8), vectors.astype(np.float32), hidden=7, width=width
     )
-    tokens = jnp.ones((1, 3), jnp.int32)
-    return model, jax.jit(model.init)(rngs.stream(0, "params"), tokens)["params"]
+    inputs = {"tokens": jnp.ones((1, 3), jnp.int32)}
+    return model, jax.jit(model.init)(rngs.stream(0, "params"), inputs)["params"]
 
 
 def logits_of(model, params, tokens, graph=None):
     """As an evaluation has them: compiled, without rows."""
     return jax.jit(lambda p, t, g: model.apply({"params": p}, t, g).logits)(
-        params, tokens, graph
+        params, {"tokens": tokens}, graph
     )
 
 
@@ -149,8 +150,8 @@ def test_parameters_and_their_start():
     """Kernels, and the label vectors, which get no gradient (train.py freezes them)."""
     vectors = np.zeros((20, 300), np.float32)
     model = ml_gcn.MLGCN(Table(20, 512), vectors)
-    tokens = jnp.ones((1, 3), jnp.int32)
-    params = jax.jit(model.init)(rngs.stream(0, "params"), tokens)["params"]
+    inputs = {"tokens": jnp.ones((1, 3), jnp.int32)}
+    params = jax.jit(model.init)(rngs.stream(0, "params"), inputs)["params"]
     params.pop("encoder")
     np.testing.assert_array_equal(params.pop("label_vectors"), vectors)
     count = 300 * 1024 + 1024 * 2048 + 512 * 2048
@@ -174,7 +175,9 @@ def test_learns_a_separable_problem():
     @jax.jit
     def step(params, state):
         def objective(params):
-            logits = model.apply({"params": params}, tokens[:192], graph).logits
+            logits = model.apply(
+                {"params": params}, {"tokens": tokens[:192]}, graph
+            ).logits
             return losses.bce(logits, labels[:192]).mean()
 
         updates, state = tx.update(jax.grad(objective)(params), state, params)

@@ -13,7 +13,7 @@ import pytest
 import running
 
 from cbmlc_jax import config as config_lib
-from cbmlc_jax import losses, models, optim, rngs, systems, thresholds, train
+from cbmlc_jax import losses, models, optim, rngs, thresholds, train
 from cbmlc_jax.models import encoders, layers
 from cbmlc_jax.models.decoder import LabelGraphDecoder
 
@@ -76,7 +76,7 @@ def graph_of(case: dict[str, np.ndarray]):
 def test_forward_pass_is_that_of_the_reference(float64, name):
     case = golden_case(name)
     out = model_of(case).apply(
-        {"params": tree(case, "param")}, case["tokens"], graph_of(case)
+        {"params": tree(case, "param")}, {"tokens": case["tokens"]}, graph_of(case)
     )
     np.testing.assert_allclose(out.logits, case["logits"], rtol=1e-9, atol=1e-10)
     np.testing.assert_allclose(
@@ -87,7 +87,7 @@ def test_forward_pass_is_that_of_the_reference(float64, name):
 @pytest.mark.parametrize("name", CASES)
 def test_initial_parameters_have_the_reference_names_and_shapes(name):
     case = golden_case(name)
-    params = systems.init_params(model_of(case), 0)
+    params = running.init_params(model_of(case), 0)
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(
         jnp.shape, tree(case, "param")
     )
@@ -128,7 +128,7 @@ def test_training_step_has_the_loss_and_gradient_of_the_reference(float64, name)
         steps_per_epoch=1,
         rates=thresholds.Rates(0.0, 0.0),
     )
-    state = train.TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+    state = train.TrainState(jnp.zeros((), jnp.int32), params, {}, tx.init(params))
     batch = {
         "tokens": case["tokens"],
         "labels": case["labels"],
@@ -225,13 +225,15 @@ def test_permuted_labels_permute_the_logits():
     rng = np.random.default_rng(0)
     model = small_model(5, rng.normal(size=(5, 6)).astype(np.float32))
     tokens = rng.integers(1, 12, (3, 4))
-    params = systems.init_params(model, 0)
+    params = running.init_params(model, 0)
     graph = rng.random((5, 5)) < 0.5
     graph |= np.eye(5, dtype=bool)
     order = np.array([3, 1, 4, 0, 2])
-    before = model.apply({"params": params}, tokens, graph).logits
+    before = model.apply({"params": params}, {"tokens": tokens}, graph).logits
     after = model.apply(
-        {"params": permute_labels(params, order)}, tokens, graph[order][:, order]
+        {"params": permute_labels(params, order)},
+        {"tokens": tokens},
+        graph[order][:, order],
     ).logits
     np.testing.assert_allclose(after, before[:, order], atol=1e-5)
     assert np.ptp(before) > 0.1
@@ -240,28 +242,28 @@ def test_permuted_labels_permute_the_logits():
 def test_set_encoder_ignores_order_and_padding():
     rng = np.random.default_rng(1)
     model = small_model(4, rng.normal(size=(4, 8)).astype(np.float32))
-    params = systems.init_params(model, 0)
+    params = running.init_params(model, 0)
     tokens = np.array([[3, 7, 2, 9]])
-    logits = model.apply({"params": params}, tokens).logits
+    logits = model.apply({"params": params}, {"tokens": tokens}).logits
     for same in ([[9, 3, 2, 7]], [[3, 7, 2, 9, 0, 0, 0]]):
-        other = model.apply({"params": params}, np.array(same)).logits
+        other = model.apply({"params": params}, {"tokens": np.array(same)}).logits
         np.testing.assert_allclose(other, logits, atol=1e-5)
-    fewer = model.apply({"params": params}, np.array([[3, 7, 2]])).logits
+    fewer = model.apply({"params": params}, {"tokens": np.array([[3, 7, 2]])}).logits
     assert np.abs(fewer - logits).max() > 1e-2
 
 
 def test_a_row_without_features_is_scored_the_same_at_any_padding():
     model = small_model(4, np.eye(4, 8, dtype=np.float32))
-    params = systems.init_params(model, 0)
-    short = model.apply({"params": params}, np.zeros((1, 3), int)).logits
-    long = model.apply({"params": params}, np.zeros((1, 9), int)).logits
+    params = running.init_params(model, 0)
+    short = model.apply({"params": params}, {"tokens": np.zeros((1, 3), int)}).logits
+    long = model.apply({"params": params}, {"tokens": np.zeros((1, 9), int)}).logits
     assert np.isfinite(short).all()
     np.testing.assert_allclose(short, long, atol=1e-5)
 
 
 def test_label_nodes_start_at_the_word_vectors():
     vectors = np.random.default_rng(2).normal(size=(4, 6)).astype(np.float32)
-    params = systems.init_params(small_model(4, vectors), 0)
+    params = running.init_params(small_model(4, vectors), 0)
     np.testing.assert_array_equal(params["decoder"]["label_embeddings"], vectors)
     assert params["decoder"]["input_map"].shape == (6, 8)
 
@@ -271,7 +273,7 @@ def test_initial_distributions():
     config = config_lib.base()
     config.model.width = 64
     model = models.create_model(config, running.meta(2000, vectors))
-    params = systems.init_params(model, 0)
+    params = running.init_params(model, 0)
     attention = params["decoder"]["block_0"]["cross"]["attention"]
     for name in ("query", "key", "value"):
         assert np.std(attention[name]) == pytest.approx((2 / (64 + 16)) ** 0.5, rel=0.1)
@@ -296,7 +298,7 @@ def test_initial_distributions():
 )
 def test_parameter_counts(changes, count):
     model = small_model(5, np.zeros((5, 6), np.float32), **changes)
-    params = systems.init_params(model, 0)
+    params = running.init_params(model, 0)
     assert sum(x.size for x in jax.tree.leaves(params)) == count
 
 
@@ -305,7 +307,7 @@ def test_full_size_parameter_count_on_bibtex():
     config = config_lib.base()
     meta = running.meta(1836, np.zeros((159, 300), np.float32))
     model = models.create_model(config, meta)
-    shapes = jax.eval_shape(lambda: systems.init_params(model, 0))
+    shapes = jax.eval_shape(lambda: running.init_params(model, 0))
     block = 4 * 300 * 300 + (300 * 600 + 600 + 600 * 300 + 300) + 4 * 300
     expected = 1836 * 300 + 2 * block + 4 * block + 2 * 159 * 300
     assert sum(x.size for x in jax.tree.leaves(shapes)) == expected == 4_978_800
@@ -385,11 +387,11 @@ def test_adam_with_coupled_or_decoupled_decay_by_hand(decoupled):
 def test_intermediate_losses_leave_the_readout_alone():
     """Only the final logits move W; with the final loss removed its gradient is 0."""
     model = small_model(4, np.eye(4, 8, dtype=np.float32))
-    params = systems.init_params(model, 0)
+    params = running.init_params(model, 0)
     tokens = np.array([[1, 2, 3]])
 
     def intermediate_loss(params):
-        out = model.apply({"params": params}, tokens)
+        out = model.apply({"params": params}, {"tokens": tokens})
         return jnp.sum(
             jax.vmap(lambda x: losses.bce(x, jnp.ones_like(x)))(out.intermediate)
         )
@@ -409,9 +411,9 @@ def test_positions_are_the_published_sinusoids():
 def test_sequence_encoder_reads_the_order_and_ignores_padding():
     vectors = np.random.default_rng(1).normal(size=(4, 8)).astype(np.float32)
     model = small_model(4, vectors, encoder={"name": "sequence"})
-    params = systems.init_params(model, 0)
+    params = running.init_params(model, 0)
     logits = [
-        model.apply({"params": params}, np.array([tokens])).logits
+        model.apply({"params": params}, {"tokens": np.array([tokens])}).logits
         for tokens in ([3, 7, 2, 9], [3, 7, 2, 9, 0, 0, 0], [9, 7, 2, 3])
     ]
     np.testing.assert_allclose(logits[0], logits[1], atol=1e-5)

@@ -176,15 +176,15 @@ def small(**changes):
     settings = {"latent_width": 3, "num_samples": 6, "num_factors": 2, "dropout": 0.2}
     settings |= changes
     model = mpvae.MPVAE(FEATURES, NUM_LABELS, **settings)
-    tokens = jnp.ones((1, 2), jnp.int32)
-    params = jax.jit(model.init)(rngs.stream(0, "params"), tokens)["params"]
+    inputs = {"tokens": jnp.ones((1, 2), jnp.int32)}
+    params = jax.jit(model.init)(rngs.stream(0, "params"), inputs)["params"]
     params = jax.tree.map(lambda x: x + 0.01 * (x.ndim == 1), params)
 
     @jax.jit
     def apply(params, tokens, rows, labels, key):
         return model.apply(
             {"params": params},
-            tokens,
+            {"tokens": tokens},
             None,
             rows,
             labels,
@@ -276,13 +276,15 @@ def test_evaluation_is_deterministic_and_ignores_padding():
     padded = apply(params, np.pad(tokens, ((0, 0), (2, 3))), None, None, key)
     np.testing.assert_allclose(padded.logits, out.logits, rtol=1e-5)
     with pytest.raises(ValueError, match="labels need rows"):
-        model.apply({"params": params}, tokens, labels=labels)
+        model.apply({"params": params}, {"tokens": tokens}, labels=labels)
 
 
 def test_parameter_count_on_bibtex():
     """1,836 features, 159 labels, as many factors; latent width 50."""
     model = mpvae.MPVAE(1836, 159)
-    shapes = jax.eval_shape(model.init, rngs.stream(0, "p"), jnp.ones((1, 2), int))
+    shapes = jax.eval_shape(
+        model.init, rngs.stream(0, "p"), {"tokens": jnp.ones((1, 2), int)}
+    )
     feature = 1837 * 256 + 257 * 512 + 513 * 256 + 2 * 257 * 50
     label = (1836 + 159 + 1) * 512 + 513 * 256 + 2 * 257 * 50
     decoder = (1836 + 50 + 1) * 256 + 257 * 512 + 2 * 513 * 159
@@ -308,7 +310,7 @@ def test_learns_a_separable_problem():
         def objective(params):
             return model.apply(
                 {"params": params},
-                jnp.asarray(tokens)[chosen],
+                {"tokens": jnp.asarray(tokens)[chosen]},
                 None,
                 rows,
                 jnp.asarray(labels)[chosen],

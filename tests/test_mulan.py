@@ -1,4 +1,4 @@
-"""bibtex and delicious from a folder, from a download and from the prepared cache."""
+"""bibtex, delicious and emotions from a folder, a download and the prepared cache."""
 
 from __future__ import annotations
 
@@ -304,7 +304,16 @@ except mulan.DataError:
     assert (tmp_path / "delicious").is_dir()
 
 
-@pytest.mark.parametrize("name", ["bibtex", "delicious"])
+# Of names, inputs and labels.  A change here makes results of earlier runs another
+# data set's.
+FINGERPRINTS = {
+    "bibtex": "d7fea06c20cc192f71ef72539d935e5d60732529266f15baf8bedd4ea10cf6a1",
+    "delicious": "d61806402f5a291ec6301d709e8fc321cbe5c10c0919a6178633ebd8173fba84",
+    "emotions": "922759208d6c21d3d6737cb18c5426f3c957d55d9949b5676100f0100185bb44",
+}
+
+
+@pytest.mark.parametrize("name", list(mulan.FILES))
 def test_pinned_files_are_the_real_ones(data_dir, tmp_path, name, monkeypatch):
     for file, (size, sha256) in mulan.FILES[name].items():
         content = (data_dir / "mulan" / name / file).read_bytes()
@@ -312,6 +321,29 @@ def test_pinned_files_are_the_real_ones(data_dir, tmp_path, name, monkeypatch):
     # A file:// address downloads the real files; the cache holds the same data.
     url = (data_dir / "mulan").as_uri()
     expected = mulan.load(name, str(data_dir))
+    assert expected.fingerprint == FINGERPRINTS[name]
     prepared = mulan.load(name, None, str(tmp_path), url)
     assert prepared.fingerprint == expected.fingerprint
     assert prepared.label_texts == expected.label_texts
+    for a, b in ((prepared.train, expected.train), (prepared.test, expected.test)):
+        assert type(a.inputs) is type(b.inputs)
+        assert a.inputs.values.dtype == b.inputs.values.dtype
+
+
+def test_real_moods_have_words_that_are_in_a_dictionary(data_dir):
+    dataset = mulan.load("emotions", str(data_dir))
+    # As published, two of them misspelt; what is looked up is not.
+    assert (dataset.label_names[0], dataset.label_names[5]) == (
+        "amazed-suprised",
+        "angry-aggresive",
+    )
+    assert dataset.label_texts == (
+        "amazed surprised",
+        "happy pleased",
+        "relaxing calm",
+        "quiet still",
+        "sad lonely",
+        "angry aggressive",
+    )
+    assert dataset.train.inputs.values.shape == (391, 72)
+    assert dataset.test.inputs.values.shape == (202, 72)

@@ -9,7 +9,7 @@ import pytest
 import running
 
 from cbmlc_jax import config as config_lib
-from cbmlc_jax import models, parallel, systems, thresholds, train
+from cbmlc_jax import models, parallel, thresholds, train
 from cbmlc_jax.data import pipeline
 from cbmlc_jax.data.dataset import Ragged
 
@@ -46,11 +46,11 @@ def trajectory(num_devices: int, changes: dict):
     vectors = rng.normal(size=(LABELS, 5))
     model = models.create_model(config, running.meta(FEATURES, vectors))
     params = jax.tree.map(
-        lambda x: jnp.asarray(x, jnp.float64), systems.init_params(model, 0, LABELS)
+        lambda x: jnp.asarray(x, jnp.float64), running.init_params(model, 0, LABELS)
     )
     devices = parallel.Devices(tuple(jax.devices()[:num_devices]))
     tx = train.make_tx(config, steps_per_epoch=3)
-    state = train.TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+    state = train.TrainState(jnp.zeros((), jnp.int32), params, {}, tx.init(params))
     state = devices.replicate(state)
     step = devices.compile(
         train.make_train_step(
@@ -66,7 +66,8 @@ def trajectory(num_devices: int, changes: dict):
     losses = []
     while len(losses) < STEPS:
         plan = pipeline.plan_batches(inputs.lengths, BATCH, [8])
-        for batch in pipeline.batches(inputs, labels, plan):
+        source = pipeline.Batches(inputs, plan, pipeline.Split(inputs, labels))
+        for batch in pipeline.stream(source):
             state, metrics = step(state, devices.shard(batch), constants)
             losses.append(float(devices.first(metrics)["loss"]))
     return np.array(losses), jax.device_get(devices.first(state))

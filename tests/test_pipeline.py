@@ -29,7 +29,7 @@ def test_ragged_rows_survive_take_and_padding(lengths, random):
     inputs = ragged(lengths)
     rows = np.array([random.randrange(len(lengths)) for _ in range(10)])
     taken = inputs.take(rows)
-    padded = inputs.padded(rows, 72)
+    padded = inputs.batch(rows, 72)["tokens"]
     for i, r in enumerate(rows):
         assert row(taken, i) == row(inputs, r)
         assert padded[i, : lengths[r]].tolist() == [v + 1 for v in row(inputs, r)]
@@ -38,7 +38,7 @@ def test_ragged_rows_survive_take_and_padding(lengths, random):
 
 def test_padding_refuses_a_row_that_does_not_fit():
     with pytest.raises(ValueError, match="5 ids does not fit 4"):
-        ragged([5]).padded(np.array([0]), 4)
+        ragged([5]).batch(np.array([0]), 4)
 
 
 def padded_tokens(widths, lengths) -> int:
@@ -95,9 +95,8 @@ def test_batches_hold_the_rows_of_the_plan():
     labels = np.eye(5, 4, dtype=np.uint8)
     plan = pipeline.plan_batches(inputs.lengths, 3, [8, 16])
     seen = []
-    for rows, batch in zip(
-        plan.rows, pipeline.batches(inputs, labels, plan), strict=True
-    ):
+    source = pipeline.Batches(inputs, plan, Split(inputs, labels))
+    for rows, batch in zip(plan.rows, pipeline.stream(source), strict=True):
         np.testing.assert_array_equal(batch["mask"], rows >= 0)
         np.testing.assert_array_equal(batch["rows"], [0, 1, 2])
         for place, r in enumerate(rows):
@@ -209,8 +208,3 @@ def test_fingerprint_sees_every_part():
         dataset(feature_names=("g",)),
     ]
     assert dataset() == dataset() and len(set(prints)) == len(prints)
-
-
-def test_unknown_data_set():
-    with pytest.raises(DataError, match="unknown data set 'nope'"):
-        pipeline.load("nope")

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import running
 
-from cbmlc_jax import fit, predict, results, thresholds
+from cbmlc_jax import files, fit, predict, thresholds
 from cbmlc_jax import run as run_lib
 from cbmlc_jax import task as task_lib
-from cbmlc_jax.data import pipeline
+from cbmlc_jax.data import pipeline, synthetic
 from cbmlc_jax.data.dataset import UNKNOWN, DataError
 
 
@@ -47,7 +47,7 @@ def rows_of(task, count=7) -> list[list[int]]:
 def predicted(workdir, source, tmp_path, **options) -> list[dict]:
     target = tmp_path / "out.jsonl"
     predict.predict_file(str(workdir), str(source), str(target), **options)
-    return results.read_jsonl(str(target))
+    return files.read_jsonl(str(target))
 
 
 def write(path: pathlib.Path, rows: list[dict]) -> pathlib.Path:
@@ -86,7 +86,7 @@ def test_every_form_of_input_gives_the_scores_of_the_evaluation(
     )
     predictor = predict.Predictor(str(trained))
     expected = run.system.scores(predictor._params, task.test.inputs.take(np.arange(7)))
-    [row] = results.read_jsonl(str(trained / "results.jsonl"))
+    [row] = files.read_jsonl(str(trained / "results.jsonl"))
     threshold = row["thresholds"]["corrected_val"]["miF1"]
     for form in ("ids", "words", "arff"):
         out = predicted(trained, forms[form], tmp_path)
@@ -115,17 +115,17 @@ def test_thresholds_and_top_k(trained, task, tmp_path):
     for full, best in zip(everything, nothing, strict=True):
         assert best["labels"] == []
         assert list(best["scores"].items()) == list(full["scores"].items())[:3]
-    [row] = results.read_jsonl(str(trained / "results.jsonl"))
+    [row] = files.read_jsonl(str(trained / "results.jsonl"))
     for protocol in thresholds.PROTOCOLS:
         for metric, value in row["thresholds"][protocol].items():
             assert predict.choose_threshold(str(trained), protocol, metric) == value
 
 
 def test_auto_threshold_warns_where_the_rates_leave_nothing(trained, tmp_path):
-    [row] = results.read_jsonl(str(trained / "results.jsonl"))
+    [row] = files.read_jsonl(str(trained / "results.jsonl"))
     row["rates"] |= {"r0": 0.5, "r1": 0.48}
     row["thresholds"]["noisy_val"]["miF1"] = 0.123
-    results.write_jsonl(str(tmp_path / "results.jsonl"), [row])
+    files.write_jsonl(str(tmp_path / "results.jsonl"), [row])
     with pytest.warns(UserWarning, match="noisy_val"):
         assert predict.choose_threshold(str(tmp_path), "auto", "miF1") == 0.123
 
@@ -173,7 +173,7 @@ def test_unknown_words_are_counted(trained, tmp_path, capsys):
 
 
 def test_a_model_of_sequences_keeps_order_and_unknown_words(tmp_path, monkeypatch):
-    data = pipeline.load("synthetic")
+    data = synthetic.load()
     names = (UNKNOWN, "oil", "price", *data.feature_names[3:])
     monkeypatch.setattr(
         pipeline, "load", lambda *_: dataclasses.replace(data, feature_names=names)

@@ -32,16 +32,18 @@ def small(**changes) -> Seq2Seq:
 
 def parameters(model: Seq2Seq, scale: float = 1.0) -> dict:
     """Drawn anew: at the start the biases are 0 and the readout is nearly flat."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0), TOKENS)["params"]
+    shapes = jax.eval_shape(model.init, jax.random.key(0), {"tokens": TOKENS})["params"]
     rng = np.random.default_rng(0)
     draw = lambda s: jnp.float32(scale * rng.normal(size=s.shape))  # noqa: E731
     return jax.tree.map(draw, shapes)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def apply(model, params, *inputs, key=None):
+def apply(model, params, tokens, *others, key=None):
     streams = {} if key is None else {"dropout": key}
-    return model.apply({"params": params}, *inputs, rngs=streams)
+    # The encoder alone reads the ids themselves.
+    inputs = {"tokens": tokens} if isinstance(model, seq2seq.Seq2Seq) else tokens
+    return model.apply({"params": params}, inputs, *others, rngs=streams)
 
 
 def losses(model, params, tokens, labels, rows=None, seed=0):
@@ -360,7 +362,9 @@ def test_loss_reaches_every_parameter():
     params = parameters(model)
 
     def loss(params):
-        return model.apply({"params": params}, TOKENS, labels=LABELS).loss.sum()
+        return model.apply(
+            {"params": params}, {"tokens": TOKENS}, labels=LABELS
+        ).loss.sum()
 
     gradients = jax.jit(jax.grad(loss))(params)
     for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
@@ -373,7 +377,9 @@ def test_loss_reaches_every_parameter():
 def test_parameter_counts():
     """Of bibtex at full size: 1,836 tokens, 159 labels; widths as the authors'."""
     model = Seq2Seq(1836, tuple(range(159)), 28)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((2, 3), int))
+    shapes = jax.eval_shape(
+        model.init, jax.random.key(0), {"tokens": np.zeros((2, 3), int)}
+    )
     encoder = 1836 * 512 + 2 * (512 * 1536 + 512 * 1536 + 1536)
     start = 1024 * 1024 + 1024
     gates = 256 * 3072 + 1024 * 3072 + 1024 * 3072 + 3072
@@ -385,7 +391,7 @@ def test_parameter_counts():
 
 
 def test_initial_distributions():
-    params = jax.jit(small().init)(jax.random.key(0), TOKENS)["params"]
+    params = jax.jit(small().init)(jax.random.key(0), {"tokens": TOKENS})["params"]
     for kernel in (params["encoder"]["backward_state"], params["gates_state"]):
         for block in np.split(np.asarray(kernel), 3, axis=1):
             np.testing.assert_allclose(block @ block.T, np.eye(len(block)), atol=1e-5)
@@ -408,7 +414,7 @@ def test_learns_sets_rather_than_labels():
     labels = np.array([sets[k] for k in kinds], np.uint8)
     labels[(kinds == 1) & (np.arange(96) % 2 == 1)] = [0, 0, 1, 1]
     model = small(encoder_width=12, decoder_width=24, word_dropout=0.02)
-    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), {"tokens": tokens})["params"]
     tx = optax.adam(1e-2)
 
     def step(carry, key):
@@ -416,7 +422,7 @@ def test_learns_sets_rather_than_labels():
             streams = {"dropout": key}
             rows = jnp.arange(96, dtype=jnp.uint32)
             out = model.apply(
-                {"params": params}, tokens, None, rows, labels, rngs=streams
+                {"params": params}, {"tokens": tokens}, None, rows, labels, rngs=streams
             )
             return out.loss.mean()
 

@@ -16,7 +16,16 @@ import numpy as np
 import pytest
 import running
 
-from cbmlc_jax import checkpoints, evaluate, fit, losses, results, thresholds, train
+from cbmlc_jax import (
+    checkpoints,
+    evaluate,
+    files,
+    fit,
+    losses,
+    results,
+    thresholds,
+    train,
+)
 from cbmlc_jax import config as config_lib
 from cbmlc_jax import run as run_lib
 
@@ -56,13 +65,13 @@ def test_everything_that_the_readme_lists_is_written(finished):
         "inputs.json",
     } <= names
     assert any(n.startswith("events.out.tfevents") for n in names)
-    lines = results.read_jsonl(str(finished / "metrics.jsonl"))
+    lines = files.read_jsonl(str(finished / "metrics.jsonl"))
     assert [line["epoch"] for line in lines] == [1, 2, 3]
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
 def test_result_row(finished):
-    [row] = results.read_jsonl(str(finished / "results.jsonl"))
+    [row] = files.read_jsonl(str(finished / "results.jsonl"))
     assert row["dataset"] == "synthetic" and len(row["fingerprint"]) == 64
     assert set(row["metrics"]) == set(thresholds.PROTOCOLS) == set(row["thresholds"])
     for protocol, scores in row["metrics"].items():
@@ -74,7 +83,7 @@ def test_result_row(finished):
     assert row["config"]["noise.kind"] == "combined"
     assert "train.progress" not in row["config"]
     assert row["selection"]["rule"] == "corrected_val"
-    history = results.read_jsonl(str(finished / "metrics.jsonl"))
+    history = files.read_jsonl(str(finished / "metrics.jsonl"))
     best = max(history, key=lambda h: h["selection"]["score"])
     assert row["epoch"] == best["epoch"]
     assert set(row["per_label_metrics"]) == set(thresholds.PROTOCOLS) - {"oracle"}
@@ -84,7 +93,7 @@ def test_result_row(finished):
 
 def test_report_says_what_the_row_says(finished):
     text = (finished / "report.txt").read_text()
-    [row] = results.read_jsonl(str(finished / "results.jsonl"))
+    [row] = files.read_jsonl(str(finished / "results.jsonl"))
     for protocol in thresholds.PROTOCOLS:
         line = next(x for x in text.splitlines() if x.strip().startswith(protocol))
         for value in row["metrics"][protocol].values():
@@ -118,16 +127,16 @@ def test_a_folder_with_other_things_is_refused(tmp_path):
 
 def test_eval_reproduces_the_row_exactly(copy, capsys):
     row = run_lib.evaluate_checkpoint(str(copy), None, "eval")
-    [before] = results.read_jsonl(str(copy / "results.jsonl"))
+    [before] = files.read_jsonl(str(copy / "results.jsonl"))
     for key in set(before) - set(results.PROVENANCE):
         assert row[key] == before[key], key
     assert "reproduces the row in results.jsonl exactly" in capsys.readouterr().out
 
 
 def test_eval_notices_a_changed_row(copy, capsys):
-    [row] = results.read_jsonl(str(copy / "results.jsonl"))
+    [row] = files.read_jsonl(str(copy / "results.jsonl"))
     row["metrics"]["oracle"]["miF1"] += 1e-12
-    results.write_jsonl(str(copy / "results.jsonl"), [row])
+    files.write_jsonl(str(copy / "results.jsonl"), [row])
     run_lib.evaluate_checkpoint(str(copy), None, "eval")
     assert "differs from the row in results.jsonl in: metrics" in (
         capsys.readouterr().out
@@ -170,14 +179,10 @@ def test_six_epochs_and_three_kill_three_give_the_same_bits(tmp_path):
     assert f"resuming {killed} after epoch {max(epochs_before)}" in done.stdout
     for a, b in zip(saved_params(straight, 6), saved_params(killed, 6), strict=True):
         assert a.tobytes() == b.tobytes()
-    one, two = (
-        results.read_jsonl(str(w / "metrics.jsonl")) for w in (straight, killed)
-    )
+    one, two = (files.read_jsonl(str(w / "metrics.jsonl")) for w in (straight, killed))
     for a, b in zip(one, two, strict=True):
         assert (a["loss"], a["selection"]) == (b["loss"], b["selection"])
-    [a], [b] = (
-        results.read_jsonl(str(w / "results.jsonl")) for w in (straight, killed)
-    )
+    [a], [b] = (files.read_jsonl(str(w / "results.jsonl")) for w in (straight, killed))
     assert a["metrics"] == b["metrics"] and a["epoch"] == b["epoch"]
 
 
@@ -291,7 +296,7 @@ def test_patience_stops_a_run_and_keeps_the_best(tmp_path):
         **{"train.num_epochs": 40, "train.patience": 2, "optim.learning_rate": 0.1}
     )
     row = fit.train_and_evaluate(config, str(tmp_path / "run"), "test")
-    history = results.read_jsonl(str(tmp_path / "run" / "metrics.jsonl"))
+    history = files.read_jsonl(str(tmp_path / "run" / "metrics.jsonl"))
     assert len(history) == row["epoch"] + 2 < 40
     kept = {int(p.name) for p in (tmp_path / "run" / "checkpoints").glob("[0-9]*")}
     assert kept == {row["epoch"], len(history)}
@@ -313,12 +318,12 @@ def test_fixed_embeddings_stay_at_the_word_vectors(tmp_path):
     fit.train_and_evaluate(config, str(tmp_path / "run"), "test")
     run = run_lib.Run(config, "")
     store = checkpoints.Checkpoints(str(tmp_path / "run" / "checkpoints"), True)
-    params = store.params(1, run.system.like)
+    params = store.params(1, run.system.like)["params"]
     store.close()
     np.testing.assert_array_equal(
         params["decoder"]["label_embeddings"], run.task.meta.label_vectors
     )
-    assert np.any(params["readout"] != run.system.init()["readout"])
+    assert np.any(params["readout"] != run.system.init()["params"]["readout"])
 
 
 def test_two_devices_train_as_one(tmp_path):
@@ -329,7 +334,7 @@ def test_two_devices_train_as_one(tmp_path):
         )
         workdir = tmp_path / str(n)
         fit.train_and_evaluate(config, str(workdir), "test")
-        rows += results.read_jsonl(str(workdir / "metrics.jsonl"))
+        rows += files.read_jsonl(str(workdir / "metrics.jsonl"))
     assert math.isclose(rows[0]["loss"], rows[1]["loss"], rel_tol=1e-4)
 
 
@@ -356,14 +361,14 @@ def test_selection_rules(tmp_path):
 
 def test_write_atomic_keeps_the_old_file_when_it_fails(tmp_path):
     path = tmp_path / "x.txt"
-    results.write_atomic(str(path), "old")
+    files.write_atomic(str(path), "old")
 
     def pieces():
         yield "half"
         raise RuntimeError("stop")
 
     with pytest.raises(RuntimeError):
-        results.write_atomic(str(path), pieces())
+        files.write_atomic(str(path), pieces())
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["x.txt"]
 
 

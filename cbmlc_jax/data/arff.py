@@ -1,7 +1,8 @@
 """Reader of Mulan data sets: ARFF files (Weka's format) and the XML of label names.
 
-Features and labels are binary.  To add real-valued features, let `_is_one` return the
-number and `read_rows` keep it beside the id; nothing else knows that values are 0 or 1.
+Labels are binary.  What the features are is said by the header, never guessed from the
+values: where all are nominal, {0,1}, a row is the set of those that are 1 (`Ragged`);
+where one is numeric, all are real numbers (`Dense`).
 
 References:
     ARFF: https://waikato.github.io/weka-wiki/formats_and_processing/arff_stable/
@@ -19,11 +20,13 @@ from xml.parsers import expat
 
 import numpy as np
 
-from cbmlc_jax.data.dataset import DataError, Dataset, Ragged, Split
+from cbmlc_jax.data.dataset import DataError, Dataset, Dense, Ragged, Split
 
 LONGEST_LINE = 10 << 20  # characters
 LARGEST_FILE = 2 << 30  # bytes
 LARGEST_XML = 10 << 20  # bytes
+LARGEST_DENSE = 1 << 30  # bytes of the numbers in memory
+_LARGEST_NUMBER = float(np.finfo(np.float32).max)
 
 # Blanks are named one by one: \s and str.strip() would also eat latin-1's no-break
 # space, which is half of a letter in a name that was written as UTF-8.
@@ -98,21 +101,26 @@ def read_rows(
     label_names: Sequence[str] | None = None,
     *,
     ignore_labels: bool = False,
+    dense: bool | None = None,
 ) -> tuple[tuple[str, ...], Split]:
-    """Reads one ARFF file, sparse or dense.
+    """Reads one ARFF file, with sparse rows or dense.
 
     Args:
         path: of the file, latin-1.
         label_names: L attributes that are labels, selected by name; None for none.
         ignore_labels: do not look at the values of labels, which may then be "?".
+        dense: read the features as numbers (True) or as a set (False); None: as the
+            types in the header say.
 
     Returns:
-        F feature names in header order, and N rows: the ids of the features that are 1
-        (ascending) and labels uint8 [N, L] in the order of `label_names`.
+        F feature names in header order, and N rows: float32 [N, F] or the ids of the
+        features that are 1 (ascending), and labels uint8 [N, L] in the order of
+        `label_names`.
 
     Raises:
         DataError: the file is missing, cut off, malformed or larger than allowed, a
-            label is not in the header, or a value is neither 0 nor 1.
+            label is not in the header, a value is missing or no finite number, or a
+            label's, a nominal feature's or a set's is neither 0 nor 1.
     """
     lines = _lines(path)
     header = _header(path, lines)
@@ -122,47 +130,16 @@ def read_rows(
             f"{path}: label {missing[0]!r} is not in the header ({len(missing)} labels "
             "missing); the ARFF and the XML file must be of the same data set"
         )
-    names, values = list(header), list(header.values())
-    labels = frozenset(label_names)
-    # What a sparse row leaves out has the first nominal value, which is mostly "0".
-    implied = {i for i, v in enumerate(values) if v[:1] == ("1",)}
-    present, lengths = array.array("i"), array.array("q")
-    for number, text in lines:
-        try:
-            indices, cells = _cells(text, len(names))
-            ones = []
-            for i, cell in zip(indices, cells, strict=True):
-                if cell == "1":
-                    ones.append(i)
-                elif cell == "0" or (ignore_labels and names[i] in labels):
-                    continue
-                elif _is_one(cell, names[i], values[i]):
-                    ones.append(i)
-            if implied and text[0] == "{":
-                ones.extend(implied.difference(indices))
-        except ValueError as error:
-            raise DataError(f"{path}, line {number}: {error}") from None
-        present.extend(sorted(ones))
-        lengths.append(len(ones))
-    if not lengths:
-        raise DataError(f"{path} has no rows after @data; the file is not complete")
-
-    # Attribute number -> its place among the features, or among the labels.
-    features = np.array([name not in labels for name in names])
-    place = np.cumsum(features) - 1
-    order = {name: i for i, name in enumerate(label_names)}
-    place[~features] = [order[name] for name in names if name in labels]
-    attribute = np.array(present, np.int64)
-    row = np.repeat(np.arange(len(lengths)), lengths)
-    is_feature = features[attribute]
-    counts = np.bincount(row[is_feature], minlength=len(lengths))
-    inputs = Ragged(
-        place[attribute[is_feature]].astype(np.int32),
-        np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-    )
-    matrix = np.zeros((len(lengths), len(label_names)), np.uint8)
-    matrix[row[~is_feature], place[attribute[~is_feature]]] = 1
-    return tuple(n for n in names if n not in labels), Split(inputs, matrix)
+    names, labels = list(header), frozenset(label_names)
+    if dense is None:
+        dense = not all(v for name, v in header.items() if name not in labels)
+    binary = labels if dense else header.keys()
+    rows = _rows(path, lines, header, binary, labels if ignore_labels else ())
+    features = [i for i, name in enumerate(names) if name not in labels]
+    column = {name: i for i, name in enumerate(names)}
+    columns = len(names), features, [column[name] for name in label_names]
+    split = _numbers(path, rows, *columns) if dense else _sets(rows, *columns)
+    return tuple(names[i] for i in features), split
 
 
 def read_mulan(
@@ -173,13 +150,16 @@ def read_mulan(
 ) -> Dataset:
     """Reads a Mulan data set; labels in the order of the XML.
 
+    The training file says what the features are.
+
     Raises:
         DataError: as `read_label_names` and `read_rows`, or the ARFF files differ in
             their features.
     """
     label_names = read_label_names(xml)
     features, train = read_rows(train_arff, label_names)
-    test_features, test = read_rows(test_arff, label_names)
+    dense = isinstance(train.inputs, Dense)
+    test_features, test = read_rows(test_arff, label_names, dense=dense)
     _check_features(test_arff, test_features, features, os.fspath(train_arff))
     return Dataset(
         name=name,
@@ -192,17 +172,22 @@ def read_mulan(
 
 
 def read_inputs(
-    path: str | os.PathLike, feature_names: Sequence[str], label_names: Sequence[str]
-) -> Ragged:
+    path: str | os.PathLike,
+    feature_names: Sequence[str],
+    label_names: Sequence[str],
+    *,
+    dense: bool | None = None,
+) -> Ragged | Dense:
     """Reads the features of an ARFF file to predict; labels may be there, unread.
 
     Args:
         path: of the file.
         feature_names: F names that the model was trained on.
         label_names: attributes that are no features; present or not, of any value.
+        dense: as `read_rows`; what the model reads, whatever the types in this file.
 
     Returns:
-        N rows of feature ids.
+        N rows of feature ids, or float32 [N, F].
 
     Raises:
         DataError: as `read_rows`, or other features than the model's.
@@ -212,7 +197,7 @@ def read_inputs(
     labels = frozenset(found)
     features = [name for name in header if name not in labels]
     _check_features(path, features, feature_names, "the model")
-    return read_rows(path, found, ignore_labels=True)[1].inputs
+    return read_rows(path, found, ignore_labels=True, dense=dense)[1].inputs
 
 
 def _check_features(path, found: Sequence[str], wanted: Sequence[str], whose: str):
@@ -327,29 +312,109 @@ def _cells(text: str, size: int) -> tuple[Sequence[int], list[str]]:
     return indices, tokens[1::2]
 
 
-def _is_one(cell: str, name: str, values: tuple[str, ...]) -> bool:
-    """Whether a value is 1.
+def _rows(
+    path, lines: Iterator[tuple[int, str]], header, binary, unread
+) -> Iterator[dict[int, float]]:
+    """Of each row, attribute number -> value where it is not 0.
+
+    Args:
+        path, lines: of the file, after its header.
+        header: of the file.
+        binary: names of attributes that have to be 0 or 1.
+        unread: names of attributes whose values are not looked at, unless 0 or 1.
+    """
+    names, values = list(header), list(header.values())
+    # What a sparse row leaves out is 0, or the first nominal value: mostly 0, too.
+    implied = {i for i, v in enumerate(values) if v[:1] == ("1",)}
+    number = 0
+    for number, text in lines:
+        try:
+            indices, cells = _cells(text, len(names))
+            row = {}
+            for i, cell in zip(indices, cells, strict=True):
+                if cell == "1":
+                    row[i] = 1.0
+                elif cell == "0" or names[i] in unread:
+                    continue
+                elif value := _number(cell, names[i], values[i]):
+                    if value != 1 and names[i] in binary:
+                        raise ValueError(
+                            f"attribute {names[i]!r} is {_short(cell)}, not 0 or 1"
+                        )
+                    row[i] = value
+            if implied and text[0] == "{":
+                row |= dict.fromkeys(implied.difference(indices), 1.0)
+        except ValueError as error:
+            raise DataError(f"{path}, line {number}: {error}") from None
+        yield row
+    if not number:
+        raise DataError(f"{path} has no rows after @data; the file is not complete")
+
+
+def _sets(rows: Iterator[dict[int, float]], size: int, features, labels) -> Split:
+    """Rows of `size` attributes -> ids of the `features` (attribute numbers) that are
+    1, and the `labels` (likewise)."""
+    present, lengths = array.array("i"), array.array("q")
+    for row in rows:
+        present.extend(sorted(row))
+        lengths.append(len(row))
+    # Attribute number -> its place among the features, or among the labels.
+    place, is_label = np.zeros(size, np.int64), np.zeros(size, bool)
+    place[features], place[labels] = np.arange(len(features)), np.arange(len(labels))
+    is_label[labels] = True
+    attribute = np.array(present, np.int64)
+    row = np.repeat(np.arange(len(lengths)), lengths)
+    is_feature = ~is_label[attribute]
+    counts = np.bincount(row[is_feature], minlength=len(lengths))
+    inputs = Ragged(
+        place[attribute[is_feature]].astype(np.int32),
+        np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+    )
+    matrix = np.zeros((len(lengths), len(labels)), np.uint8)
+    matrix[row[~is_feature], place[attribute[~is_feature]]] = 1
+    return Split(inputs, matrix)
+
+
+def _numbers(
+    path, rows: Iterator[dict[int, float]], size: int, features, labels
+) -> Split:
+    """As `_sets`, with the features' values."""
+    table = []
+    for row in rows:
+        if (len(table) + 1) * 4 * size > LARGEST_DENSE:
+            raise DataError(
+                f"{path}: more than {len(table)} rows of {size} numbers do not fit the "
+                f"{LARGEST_DENSE} bytes allowed; split the file, or declare features "
+                "that are 0 or 1 as {0,1}"
+            )
+        table.append(np.zeros(size, np.float32))
+        table[-1][list(row)] = list(row.values())
+    matrix = np.stack(table)
+    inputs = Dense(np.ascontiguousarray(matrix[:, features]))
+    return Split(inputs, matrix[:, labels].astype(np.uint8))
+
+
+def _number(cell: str, name: str, values: tuple[str, ...]) -> float:
+    """The value of an attribute; `values` are its nominal ones, () if it is numeric.
 
     Raises:
-        ValueError: it is neither 0 nor 1.
+        ValueError: it is missing, or of another type.
     """
     cell = cell.strip("'\"")
     if cell == "?":
-        raise ValueError(f"attribute {name!r} has no value ('?'); give it 0 or 1")
-    if values:
-        if cell not in values:
-            raise ValueError(f"attribute {name!r} is {_short(cell)}, not 0 or 1")
-        return cell == "1"
+        wanted = "0 or 1" if values else "a number"
+        raise ValueError(f"attribute {name!r} has no value ('?'); give it {wanted}")
+    # A nominal value is a word: 1.0 is not 1.
+    if values and cell not in values:
+        raise ValueError(f"attribute {name!r} is {_short(cell)}, not 0 or 1")
     try:
         number = float(cell)
     except ValueError:
         raise ValueError(f"attribute {name!r} is no number: {_short(cell)}") from None
-    if number not in (0.0, 1.0):
-        raise ValueError(
-            f"attribute {name!r} is {_short(cell)}: real-valued features are not "
-            "supported yet, only 0 and 1"
-        )
-    return number == 1.0
+    # Not the other way round: nan is not larger, either.
+    if not abs(number) <= _LARGEST_NUMBER:
+        raise ValueError(f"attribute {name!r} is {_short(cell)}, not finite in float32")
+    return number
 
 
 def _twice(items: Sequence):

@@ -1,10 +1,11 @@
-"""TensorFlow Datasets builders of the text data sets, without TensorFlow itself.
+"""TensorFlow Datasets builders of text data sets and emotions, without TensorFlow.
 
     builder = Bibtex(file_format="array_record")
     builder.download_and_prepare()
     builder.as_data_source("train")[0]  # {"features": int32 [n], "labels": int32 [m]}
 
-`load` of `mulan` and `reuters` is the way in for the rest of the package.
+The features of emotions are float32 [72].  `load` of `mulan` and `reuters` is the way
+in for the rest of the package.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core import constants
 
 from cbmlc_jax.data import mulan, reuters
-from cbmlc_jax.data.dataset import DataError, Dataset, Ragged, Split
+from cbmlc_jax.data.dataset import DataError, Dataset, Dense, Ragged, Split
 
 
 class _Info(tfds.core.DatasetInfo):
@@ -31,7 +32,8 @@ class _Info(tfds.core.DatasetInfo):
 
 
 class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Rows of ids, official split; names of labels and features as metadata."""
+    """Rows of ids or of numbers, official split; names of labels and features as
+    metadata."""
 
     VERSION = tfds.core.Version("1.0.0")
     RELEASE_NOTES = {"1.0.0": "Official train and test split, features and label ids."}
@@ -39,6 +41,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     HOMEPAGE = ""
     CITATION = ""
     BASE_URL = ""
+    NUMBERS = None  # real-valued features per row; None: ids, of any number
     # Where the base class looks for checksums and texts; to find out, it would need
     # importlib_resources, which it does not require.
     code_path = None
@@ -53,11 +56,14 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         """Fetches what `folder` lacks and reads it."""
 
     def _info(self) -> tfds.core.DatasetInfo:
-        ids = tfds.features.Tensor(shape=(None,), dtype=np.int32)
+        ids = features = tfds.features.Tensor(shape=(None,), dtype=np.int32)
+        if self.NUMBERS:
+            shape = (self.NUMBERS,)
+            features = tfds.features.Tensor(shape=shape, dtype=np.float32)
         return _Info(
             builder=self,
             description=self.DESCRIPTION,
-            features=tfds.features.FeaturesDict({"features": ids, "labels": ids}),
+            features=tfds.features.FeaturesDict({"features": features, "labels": ids}),
             homepage=self.HOMEPAGE,
             citation=self.CITATION,
             metadata=tfds.core.MetadataDict(),
@@ -81,16 +87,13 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         }
 
     def _generate_examples(self, split: Split):
-        offsets = split.inputs.offsets
-        for row, labels in enumerate(split.labels):
-            features = split.inputs.values[offsets[row] : offsets[row + 1]]
-            yield (
-                row,
-                {
-                    "features": features,
-                    "labels": np.flatnonzero(labels).astype(np.int32),
-                },
-            )
+        inputs = split.inputs
+        rows = inputs.values
+        if isinstance(inputs, Ragged):
+            rows = np.split(rows, inputs.offsets[1:-1])
+        for row, (features, labels) in enumerate(zip(rows, split.labels, strict=True)):
+            positives = np.flatnonzero(labels).astype(np.int32)
+            yield row, {"features": features, "labels": positives}
 
 
 class _Mulan(_Builder, skip_registration=True):
@@ -134,6 +137,25 @@ class Delicious(_Mulan):
 }"""
 
 
+class Emotions(_Mulan):
+    """Songs, by rhythm and timbre, and the moods that listeners hear in them."""
+
+    NUMBERS = 72
+    DESCRIPTION = (
+        "Songs: 72 real-valued features of rhythm and timbre and 6 moods; 391 training "
+        "and 202 test rows."
+    )
+    CITATION = """@inproceedings{trohidis2008multilabel,
+  title = {Multilabel Classification of Music into Emotions},
+  author = {Trohidis, Konstantinos and Tsoumakas, Grigorios and Kalliris, George and
+            Vlahavas, Ioannis},
+  booktitle = {Proceedings of the 9th International Conference on Music Information
+               Retrieval (ISMIR 2008)},
+  pages = {325--330},
+  year = {2008}
+}"""
+
+
 class Reuters21578(_Builder):
     """Newswire stories of 1987 and their topics."""
 
@@ -158,7 +180,12 @@ class Reuters21578(_Builder):
         return reuters.load_folder(folder)
 
 
-BUILDERS = {"bibtex": Bibtex, "delicious": Delicious, "reuters": Reuters21578}
+BUILDERS = {
+    "bibtex": Bibtex,
+    "delicious": Delicious,
+    "emotions": Emotions,
+    "reuters": Reuters21578,
+}
 # The only format that is written and read without TensorFlow.
 _FORMAT = {"file_format": "array_record"}
 
@@ -167,7 +194,7 @@ def load(name: str, cache_dir: str | None, base_url: str | None = None) -> Datas
     """Reads the prepared data set; downloads and prepares it where it is not there.
 
     Args:
-        name: "bibtex", "delicious" or "reuters".
+        name: a key of `BUILDERS`.
         cache_dir: of TensorFlow Datasets; None for its default.
         base_url: of the download; None for the published address.
 
@@ -222,4 +249,7 @@ def _split(rows: Sequence[dict[str, np.ndarray]], width: int) -> Split:
     labels = np.zeros((len(rows), width), np.uint8)
     for target, row in zip(labels, rows, strict=True):
         target[row["labels"]] = 1
-    return Split(Ragged.from_rows([row["features"] for row in rows]), labels)
+    features = [row["features"] for row in rows]
+    if features[0].dtype == np.float32:
+        return Split(Dense(np.stack(features)), labels)
+    return Split(Ragged.from_rows(features), labels)

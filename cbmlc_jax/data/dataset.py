@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import ClassVar, Protocol
 
 import numpy as np
 import scipy.sparse
@@ -18,6 +20,38 @@ class DataError(ValueError):
     """A data file or data option that the user has to mend; the message says how."""
 
 
+class Inputs(Protocol):
+    """What the rows of a data set are: token ids, real numbers or images.
+
+    `batch` is what an encoder reads, `matrix` what an estimator reads.
+
+    Attributes:
+        decodes: batches take time to make and are made ahead, by `feed`; such inputs
+            also have `augmented(rows, random)`, `batch` with random changes.
+    """
+
+    decodes: bool
+
+    def __len__(self) -> int:
+        """N rows."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [N]: rows of like length share batches; 1 where all are alike."""
+
+    def take(self, rows: np.ndarray) -> Inputs:
+        """The given rows, in the given order."""
+
+    def batch(self, rows: np.ndarray, width: int) -> dict[str, np.ndarray]:
+        """Arrays of the rows, padded to `width`; row -1 fills the batch up."""
+
+    def matrix(self, num_features: int) -> scipy.sparse.csr_array | np.ndarray:
+        """float32 [N, num_features]."""
+
+    def content(self) -> Iterator[bytes]:
+        """What distinguishes these inputs from others, for the fingerprint."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Ragged:
     """Rows of integer ids of different lengths, stored end to end.
@@ -28,10 +62,14 @@ class Ragged:
     Attributes:
         values: int32 [total].
         offsets: int64 [N + 1], `offsets[0] == 0`, non-decreasing.
+        weights: float32 [total], how much each id counts in its row (tf-idf), or None:
+            each counts once.
     """
 
     values: np.ndarray
     offsets: np.ndarray
+    weights: np.ndarray | None = None
+    decodes: ClassVar[bool] = False
 
     @classmethod
     def from_rows(cls, rows: Sequence[Sequence[int]]) -> Ragged:
@@ -55,36 +93,102 @@ class Ragged:
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         # Position inside the result minus the row's start there, plus its start here.
         shift = np.repeat(self.offsets[:-1][rows] - offsets[:-1], lengths)
-        return Ragged(self.values[np.arange(offsets[-1]) + shift], offsets)
+        index = np.arange(offsets[-1]) + shift
+        weights = None if self.weights is None else self.weights[index]
+        return Ragged(self.values[index], offsets, weights)
 
-    def csr(self, num_ids: int) -> scipy.sparse.csr_array:
-        """float32 [N, num_ids]: how often each id stands in each row."""
+    def matrix(self, num_features: int) -> scipy.sparse.csr_array:
+        """float32 [N, num_features]: how often, or how much, each id counts."""
+        weights = self.weights
+        if weights is None:
+            weights = np.ones(len(self.values), np.float32)
         # 32-bit offsets: scikit-learn reads no others.
-        parts = (
-            np.ones(len(self.values), np.float32),
-            self.values.copy(),
-            self.offsets.astype(np.int32),
-        )
-        matrix = scipy.sparse.csr_array(parts, shape=(len(self), num_ids))
+        parts = (weights.copy(), self.values.copy(), self.offsets.astype(np.int32))
+        matrix = scipy.sparse.csr_array(parts, shape=(len(self), num_features))
         matrix.sum_duplicates()
         return matrix
 
-    def padded(self, rows: np.ndarray, width: int) -> np.ndarray:
-        """int32 [len(rows), width]: ids + 1, then zeros.
+    def batch(self, rows: np.ndarray, width: int) -> dict[str, np.ndarray]:
+        """`tokens` int32 [len(rows), width]: ids + 1, then zeros; row -1 is empty.
+
+        With weights also `weights` float32 of that shape.
 
         Raises:
             ValueError: a row is longer than `width`.
         """
-        lengths = self.lengths[rows]
+        start = self.offsets[:-1][rows]
+        lengths = np.where(rows >= 0, self.lengths[rows], 0)
         if lengths.size and lengths.max() > width:
             raise ValueError(f"a row of {lengths.max()} ids does not fit {width}")
         column = np.arange(width)
-        index = np.minimum(
-            self.offsets[:-1][rows][:, None] + column, max(len(self.values) - 1, 0)
-        )
+        index = np.minimum(start[:, None] + column, max(len(self.values) - 1, 0))
         present = column < lengths[:, None]
-        values = self.values if len(self.values) else np.zeros(1, np.int32)
-        return np.where(present, values[index] + 1, 0).astype(np.int32)
+
+        def padded(stored, dtype):
+            stored = stored if len(stored) else np.zeros(1, dtype)
+            return np.where(present, stored[index], 0).astype(dtype)
+
+        batch = {"tokens": padded(self.values, np.int32) + present}
+        if self.weights is not None:
+            batch["weights"] = padded(self.weights, np.float32)
+        return batch
+
+    def content(self) -> Iterator[bytes]:
+        """Ids, offsets and, where there are any, weights."""
+        yield from _bytes(self.values, "<i4")
+        yield from _bytes(self.offsets, "<i8")
+        if self.weights is not None:
+            yield from _bytes(self.weights, "<f4")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """Rows of real numbers, all of one shape.
+
+    Attributes:
+        values: float32 [N, F], or [N, height, width, F] maps of an image network.
+    """
+
+    values: np.ndarray
+    decodes: ClassVar[bool] = False
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [N], all 1."""
+        return np.ones(len(self), np.int64)
+
+    def take(self, rows: np.ndarray) -> Dense:
+        """The given rows, in the given order."""
+        return Dense(self.values[rows])
+
+    def matrix(self, num_features: int) -> np.ndarray:
+        """float32 [N, F]; `num_features` is F."""
+        return self.values.reshape(len(self), num_features)
+
+    def batch(self, rows: np.ndarray, width: int) -> dict[str, np.ndarray]:
+        """`features` [len(rows), F]; row -1 repeats a row of the batch."""
+        del width
+        return {"features": self.values[filled(rows)]}
+
+    def content(self) -> Iterator[bytes]:
+        """The numbers."""
+        yield from _bytes(self.values, "<f4")
+
+
+def filled(rows: np.ndarray) -> np.ndarray:
+    """Row numbers with each -1 replaced by one that is there, in turn.
+
+    What is computed over a whole batch (batch normalisation) then sees real rows alone.
+    """
+    return np.resize(rows[rows >= 0], len(rows))
+
+
+def _bytes(array: np.ndarray, dtype: str) -> Iterator[bytes]:
+    yield repr(array.shape).encode()
+    yield np.ascontiguousarray(array.astype(dtype, copy=False)).tobytes()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,19 +196,23 @@ class Split:
     """Inputs and their labels: N rows.
 
     Attributes:
-        inputs: the features that are present in each row.
+        inputs: of each row.
         labels: uint8 [N, L], 0 or 1.
+        ignored: bool [N, L], entries that count neither in training nor in a score
+            (their label is 0); None: all count.
     """
 
-    inputs: Ragged
+    inputs: Inputs
     labels: np.ndarray
+    ignored: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, rows: np.ndarray) -> Split:
         """The given rows, in the given order."""
-        return Split(self.inputs.take(rows), self.labels[rows])
+        ignored = None if self.ignored is None else self.ignored[rows]
+        return Split(self.inputs.take(rows), self.labels[rows], ignored)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,17 +237,26 @@ class Dataset:
     word_vectors: dict[str, np.ndarray] | None = None
 
     @property
+    def kind(self) -> str:
+        """ "set" of features, "weighted" set, "sequence", "numbers" or "images"."""
+        inputs = self.train.inputs
+        if isinstance(inputs, Ragged):
+            if inputs.weights is not None:
+                return "weighted"
+            return "sequence" if self.feature_names[:1] == (UNKNOWN,) else "set"
+        return "images" if inputs.decodes else "numbers"
+
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 of the content (names, ids, labels), however it was obtained."""
+        """sha256 of the content (names, inputs, labels), however it was obtained."""
         digest = hashlib.sha256()
         for names in (self.label_names, self.feature_names):
             digest.update("\n".join(names).encode("utf8") + b"\0")
         for split in (self.train, self.test):
-            for array, dtype in (
-                (split.inputs.values, "<i4"),
-                (split.inputs.offsets, "<i8"),
-                (split.labels, "u1"),
-            ):
-                digest.update(repr(array.shape).encode())
-                digest.update(np.ascontiguousarray(array.astype(dtype)).tobytes())
+            for part in split.inputs.content():
+                digest.update(part)
+            for labels in (split.labels, split.ignored):
+                if labels is not None:
+                    for part in _bytes(labels, "u1"):
+                        digest.update(part)
         return digest.hexdigest()

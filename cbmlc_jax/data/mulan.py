@@ -1,4 +1,4 @@
-"""The Mulan data sets bibtex and delicious: from a folder, a prepared cache, or GitHub.
+"""Mulan's bibtex, delicious and emotions: from a folder, a prepared cache, or GitHub.
 
 A folder holds `mulan/<name>/<name>-train.arff`, `<name>-test.arff` and `<name>.xml`.
 Whatever the source, only the published bytes are accepted and the same Dataset results.
@@ -6,6 +6,7 @@ Whatever the source, only the published bytes are accepted and the same Dataset 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import http.client
 import os
@@ -51,6 +52,29 @@ FILES = {
             "4e0c0f93c7d86a39b9fca4aaefaa00e9428f2c80277732dfbf03ca48e2c14da2",
         ),
     },
+    "emotions": {
+        "emotions-train.arff": (
+            252080,
+            "bbe704106c79bb8fb99c1d1d2e9bde081d6a2daeb01f100862f11fd91a3c1f98",
+        ),
+        "emotions-test.arff": (
+            132007,
+            "f13d4b746b7b5c8eb484bd751d6ac463d4560dff998a93516a5c1fe35daf6c8f",
+        ),
+        "emotions.xml": (
+            323,
+            "dbce8e6ccbbb2fcbfd9e9edbb230d7ed12692c6e13f59fdbc0161fa9b6cf2dc0",
+        ),
+    },
+}
+# Label names of emotions -> what they mean; published with two misspelt words.
+_TEXTS = {
+    "amazed-suprised": "amazed surprised",
+    "happy-pleased": "happy pleased",
+    "relaxing-calm": "relaxing calm",
+    "quiet-still": "quiet still",
+    "sad-lonely": "sad lonely",
+    "angry-aggresive": "angry aggressive",
 }
 STALLED = 30  # seconds without a byte
 TOO_SLOW = 600  # seconds for one file
@@ -66,7 +90,7 @@ def load(
     """Reads a data set from the first source there is: folder, cache, download.
 
     Args:
-        name: "bibtex" or "delicious".
+        name: "bibtex", "delicious" or "emotions".
         folder: a data folder; where given, the only source.
         cache_dir: of TensorFlow Datasets; None for its default (`TFDS_DATA_DIR`, else
             `~/tensorflow_datasets`).
@@ -105,7 +129,8 @@ def load_folder(name: str, folder: str) -> Dataset:
                 f"changed or is not complete; delete it and fetch it again from "
                 f"{BASE_URL}/{name}/"
             )
-    return dataset
+    texts = tuple(_TEXTS.get(text, text) for text in dataset.label_texts)
+    return dataclasses.replace(dataset, label_texts=texts)
 
 
 def download(name: str, folder: str, base_url: str = BASE_URL) -> None:

@@ -3,39 +3,75 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import Int, UInt8
 
 from cbmlc_jax import rngs
-from cbmlc_jax.data.dataset import DataError, Dataset, Ragged, Split
+from cbmlc_jax.data.dataset import DataError, Dataset, Dense, Inputs, Ragged, Split
 
 
-def load(name: str, folder: str | None = None) -> Dataset:
-    """Reads a data set by its registry name.
+def load(settings, folder: str | None = None) -> Dataset:
+    """Reads the data set that config.data describes.
 
     Args:
-        name: "synthetic", "bibtex", "delicious" or "reuters".
+        settings: config.data; `name`, and for some data sets `variant`, `sequences`,
+            `side`, `difficult` and `split_seed`.
         folder: a data folder; None for the prepared cache or the download.
 
     Raises:
-        DataError: unknown name, or files that are missing, broken or not the
-            published ones.
+        DataError: files that are missing, broken or not the published ones.
     """
-    if name == "synthetic":
-        from cbmlc_jax.data import synthetic
+    return READERS[settings.name](settings, folder)
 
-        return synthetic.load()
-    if name in ("bibtex", "delicious"):
-        from cbmlc_jax.data import mulan
 
-        return mulan.load(name, folder)
-    if name == "reuters":
-        from cbmlc_jax.data import reuters
+def _synthetic(settings, folder) -> Dataset:
+    from cbmlc_jax.data import synthetic
 
-        return reuters.load(folder)
-    raise DataError(f"unknown data set {name!r}")
+    return synthetic.load()
+
+
+def _mulan(settings, folder) -> Dataset:
+    from cbmlc_jax.data import mulan
+
+    return mulan.load(settings.name, folder)
+
+
+def _reuters(settings, folder) -> Dataset:
+    from cbmlc_jax.data import reuters
+
+    return reuters.load(folder)
+
+
+def _rcv1(settings, folder) -> Dataset:
+    from cbmlc_jax.data import rcv1
+
+    tokens, seed = settings.tokens, settings.split_seed
+    return rcv1.load(folder, settings.variant, tokens=tokens, split_seed=seed)
+
+
+def _voc(settings, folder) -> Dataset:
+    from cbmlc_jax.data import voc
+
+    return voc.load(
+        folder,
+        side=settings.side,
+        difficult=settings.difficult,
+        variant=settings.variant,
+    )
+
+
+READERS = {
+    "synthetic": _synthetic,
+    "bibtex": _mulan,
+    "delicious": _mulan,
+    "emotions": _mulan,
+    "reuters": _reuters,
+    "rcv1": _rcv1,
+    "voc": _voc,
+}
 
 
 def split_rows(
@@ -175,22 +211,104 @@ def plan_batches(
     return Plan(rows, [widths[b] for b in bucket])
 
 
-def batches(
-    inputs: Ragged, labels: UInt8[np.ndarray, "rows labels"] | None, plan: Plan
-) -> Iterator[dict[str, np.ndarray]]:
-    """Padded batches: `tokens` int32 [B, S], `mask` bool [B], `rows` uint32 [B] (the
-    position in the global batch) and, where given, `labels` uint8 [B, L]."""
-    for rows, width in zip(plan.rows, plan.widths, strict=True):
+class Batches:
+    """The batches of a plan, by number: the inputs' arrays (`tokens` int32 [B, S] and
+    perhaps `weights`, `features` or `images`), `mask` bool [B], `rows` uint32 [B] (the
+    position in the global batch) and, where given, `labels` uint8 [B, L] and `ignored`
+    bool [B, L].
+
+    Args:
+        inputs: N rows.
+        plan: of these rows.
+        split: their labels, or None.
+        random: row -> the generator that its augmentation draws from, or None.
+    """
+
+    def __init__(self, inputs: Inputs, plan: Plan, split: Split | None, random=None):
+        self.inputs, self._plan, self._split = inputs, plan, split
+        self._random = random
+
+    def __len__(self) -> int:
+        return len(self._plan)
+
+    def __getitem__(self, number: int) -> dict[str, np.ndarray]:
+        rows, width = self._plan.rows[number], self._plan.widths[number]
         mask = rows >= 0
-        tokens = inputs.padded(np.maximum(rows, 0), width)
-        batch = {
-            "tokens": np.where(mask[:, None], tokens, 0),
-            "mask": mask,
-            "rows": np.arange(len(rows), dtype=np.uint32),
-        }
-        if labels is not None:
-            batch["labels"] = np.where(mask[:, None], labels[np.maximum(rows, 0)], 0)
-        yield batch
+        if self._random is None:
+            batch = self.inputs.batch(rows, width)
+        else:
+            batch = self.inputs.augmented(rows, self._random)
+        batch |= {"mask": mask, "rows": np.arange(len(rows), dtype=np.uint32)}
+        if self._split is not None:
+            for name in ("labels", "ignored"):
+                values = getattr(self._split, name)
+                if values is not None:
+                    batch[name] = values[rows] * mask[:, None]
+        return batch
+
+
+class Epochs:
+    """The batches of a whole training, by number: its order is a function of the seed
+    and of the epoch alone, so that it can be taken up anywhere.
+
+    Args:
+        split: training rows.
+        batch_size: B.
+        widths: ascending bucket widths.
+        seed: of order and augmentation.
+        epochs: passes over the rows.
+        augment: draw crops anew in each epoch; for inputs that know how.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        widths: list[int],
+        seed: int,
+        epochs: int,
+        augment: bool = False,
+    ):
+        self.inputs, self._split, self._batch_size = split.inputs, split, batch_size
+        self._widths, self._seed, self._epochs = widths, seed, epochs
+        self._augment, self._lengths = augment, split.inputs.lengths
+        self._current: tuple[int, Batches] | None = None
+        self.steps_per_epoch = -(-len(split) // batch_size)
+
+    def __len__(self) -> int:
+        return self._epochs * self.steps_per_epoch
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        epoch, number = step // self.steps_per_epoch + 1, step % self.steps_per_epoch
+        current = self._current  # read once: several threads may ask
+        if current is None or current[0] != epoch:
+            current = self._current = (epoch, self._epoch(epoch))
+        return current[1][number]
+
+    def _epoch(self, epoch: int) -> Batches:
+        order = rngs.generator(self._seed, "order", epoch)
+        plan = plan_batches(self._lengths, self._batch_size, self._widths, order)
+        random = None
+        if self._augment:
+            random = functools.partial(rngs.generator, self._seed, "augment", epoch)
+        return Batches(self.inputs, plan, self._split, random)
+
+
+def stream(
+    source: Batches | Epochs, start: int = 0, workers: int = 0
+) -> Iterator[dict[str, np.ndarray]]:
+    """The batches from number `start` on, in their order.
+
+    Args:
+        source: where from.
+        start: batches that were consumed before.
+        workers: processes that decode images ahead; 0: threads of this one.
+    """
+    if source.inputs.decodes:
+        from cbmlc_jax.data.feed import feed
+
+        return feed(source, start, workers)
+    return (source[number] for number in range(start, len(source)))
 
 
 def label_graph(
@@ -245,15 +363,19 @@ def _lines(path: str) -> Iterator[str]:
 
 
 __all__ = [
+    "Batches",
     "DataError",
     "Dataset",
+    "Dense",
+    "Epochs",
+    "Inputs",
     "Plan",
     "Ragged",
     "Split",
-    "batches",
     "bucket_widths",
     "label_graph",
     "load",
     "plan_batches",
     "split_rows",
+    "stream",
 ]

@@ -10,22 +10,35 @@ import numpy as np
 
 from cbmlc_jax.models.baselines.ml_gcn import MLGCN
 from cbmlc_jax.models.baselines.mpvae import MPVAE
+from cbmlc_jax.models.baselines.pooled_linear import PooledLinear
 from cbmlc_jax.models.baselines.seq2seq import Seq2Seq
 from cbmlc_jax.models.cbmlc import CbMLC
 from cbmlc_jax.models.decoder import LabelGraphDecoder
-from cbmlc_jax.models.encoders import TokenEncoder
+from cbmlc_jax.models.encoders import DenseEncoder, ImageEncoder, TokenEncoder
 from cbmlc_jax.models.outputs import Outputs
 
+try:  # TEMPORARY
+    from cbmlc_jax.models.efficientnet import EfficientNetLite
+    from cbmlc_jax.models.resnet import ResNet
+except ImportError:
+    EfficientNetLite = ResNet = None
+
 __all__ = [
+    "BACKBONES",
     "CONSTANT",
     "ENCODERS",
+    "INPUTS",
     "MODELS",
     "READS_LABEL_VECTORS",
     "OWN_OBJECTIVE",
     "Meta",
     "Outputs",
+    "create_backbone",
     "create_model",
 ]
+
+# The arrays of a batch that an encoder reads.
+INPUTS = ("tokens", "weights", "features", "images")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +50,21 @@ class Meta:
         label_vectors: float32 [L, P] word vectors of the labels.
         label_counts: int64 [L] positives of each label in the noisy training rows.
         max_labels: the most labels that a training row has.
+        inputs: array of a batch -> (shape of one row, dtype), e.g. {"features":
+            ((72,), "float32")}; token rows may have any length.
+        feature_mean, feature_scale: float32 [F] mean and deviation of real-valued
+            training features; None for other inputs.
     """
 
     num_features: int
     label_vectors: np.ndarray
     label_counts: np.ndarray
     max_labels: int
+    inputs: dict[str, tuple[tuple[int, ...], str]] = dataclasses.field(
+        default_factory=lambda: {"tokens": ((8,), "int32")}
+    )
+    feature_mean: np.ndarray | None = None
+    feature_scale: np.ndarray | None = None
 
 
 def _token_encoder(config, meta: Meta) -> nn.Module:
@@ -60,7 +82,54 @@ def _token_encoder(config, meta: Meta) -> nn.Module:
     )
 
 
-ENCODERS = {"set": _token_encoder, "sequence": _token_encoder}
+def _dense_encoder(config, meta: Meta) -> nn.Module:
+    settings = config.model
+    return DenseEncoder(
+        width=settings.width,
+        num_layers=settings.encoder.layers,
+        dropout=settings.dropout,
+        mean=meta.feature_mean,
+        scale=meta.feature_scale,
+    )
+
+
+# Name -> (its builder, what tells it from the others of its kind).
+BACKBONES = {
+    "resnet18": (ResNet, 18),
+    "resnet34": (ResNet, 34),
+    "resnet50": (ResNet, 50),
+    "resnet101": (ResNet, 101),
+    "efficientnet_lite0": (EfficientNetLite, 0),
+    "efficientnet_lite1": (EfficientNetLite, 1),
+    "efficientnet_lite2": (EfficientNetLite, 2),
+}
+
+
+def create_backbone(settings, start: int = 0) -> nn.Module:
+    """The image network of config.model.encoder, from stage `start` on."""
+    kind, size = BACKBONES[settings.name]
+    whole = kind(size)
+    cut = min(settings.frozen_stages, whole.num_stages)
+    return kind(size, start=min(start, whole.num_stages), frozen=cut)
+
+
+def _image_encoder(config, meta: Meta) -> nn.Module:
+    settings = config.model.encoder
+    start = settings.frozen_stages if "features" in meta.inputs else 0
+    # These two classify what the network pools, without a map in between.
+    plain = config.model.name in ("ml_gcn", "resnet_bce", "resnet_asl")
+    return ImageEncoder(
+        backbone=create_backbone(settings, start),
+        width=None if plain else config.model.width,
+    )
+
+
+ENCODERS = {
+    "set": _token_encoder,
+    "sequence": _token_encoder,
+    "dense": _dense_encoder,
+    **{name: _image_encoder for name in BACKBONES},
+}
 
 
 def _encoder(config, meta: Meta) -> nn.Module:
@@ -96,6 +165,10 @@ def _ml_gcn(config, meta: Meta) -> nn.Module:
     )
 
 
+def _pooled_linear(config, meta: Meta) -> nn.Module:
+    return PooledLinear(_encoder(config, meta), len(meta.label_vectors))
+
+
 def _mpvae(config, meta: Meta) -> nn.Module:
     settings = config.mpvae
     return MPVAE(
@@ -125,6 +198,8 @@ MODELS = {
     "lamp": _cbmlc,
     "ml_gcn": _ml_gcn,
     "mpvae": _mpvae,
+    "resnet_asl": _pooled_linear,
+    "resnet_bce": _pooled_linear,
     "seq2seq": _seq2seq,
 }
 # Models with `Outputs.loss`; config.loss.name is not theirs.
@@ -132,7 +207,7 @@ OWN_OBJECTIVE = ("mpvae", "seq2seq")
 # Models that start at word vectors of the labels; the others need none.
 READS_LABEL_VECTORS = ("cbmlc", "lamp", "ml_gcn")
 # Parameters that are not trained, by their last name.
-CONSTANT = ("label_vectors",)
+CONSTANT = ("label_vectors", "feature_mean", "feature_scale")
 
 
 def create_model(config, meta: Meta) -> nn.Module:

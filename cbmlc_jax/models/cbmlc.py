@@ -15,7 +15,7 @@ class CbMLC(nn.Module):
     """Composition of encoder and decoder.
 
     Attributes:
-        encoder: (tokens, rows) -> memory, valid.
+        encoder: (inputs, rows) -> memory, valid.
         decoder: a `LabelGraphDecoder`.
         tied: the readout weights are the initial label nodes instead of their own.
         intermediate: also return the intermediate predictions.
@@ -29,7 +29,7 @@ class CbMLC(nn.Module):
     @nn.compact
     def __call__(
         self,
-        tokens: Array,
+        inputs: dict[str, Array],
         graph: Bool[Array, "labels labels"] | None = None,
         rows: UInt32[Array, " batch"] | None = None,
         labels: UInt8[Array, "batch labels"] | None = None,
@@ -37,12 +37,12 @@ class CbMLC(nn.Module):
         """Scores the labels of a batch.
 
         Args:
-            tokens: the encoder's input, [B, S] ids.
+            inputs: what the encoder reads, see `encoders`.
             graph: [L, L] label graph, None is complete.
             rows: [B] row numbers of the global batch for dropout; None for none.
             labels: not read; models with an objective of their own take them here.
         """
-        memory, valid = self.encoder(tokens, rows)
+        memory, valid = self.encoder(inputs, rows)
         initial, states = self.decoder(memory, valid, graph, rows)
         if self.tied:
             weights = initial

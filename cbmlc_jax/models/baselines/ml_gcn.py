@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
+from jaxtyping import Array, Bool, Float, UInt8, UInt32
 
 from cbmlc_jax.models.outputs import Outputs
 
@@ -81,7 +81,7 @@ class MLGCN(nn.Module):
     """See the module's docstring.  No biases, as in the code.
 
     Attributes:
-        encoder: (tokens, rows) -> memory [B, S, d], valid [B, S].
+        encoder: (inputs, rows) -> memory [B, S, d], valid [B, S].
         label_vectors: float32 [L, P]; constants, not trained.
         hidden: width between the convolutions.
         width: D.  The paper's is that of its ResNet; with d != D a linear map (Glorot
@@ -96,7 +96,7 @@ class MLGCN(nn.Module):
     @nn.compact
     def __call__(
         self,
-        tokens: Int[Array, "batch tokens"],
+        inputs: dict[str, Array],
         graph: Float[Array, "labels labels"] | None = None,
         rows: UInt32[Array, " batch"] | None = None,
         labels: UInt8[Array, "batch labels"] | None = None,
@@ -104,13 +104,13 @@ class MLGCN(nn.Module):
         """Scores the labels of a batch.
 
         Args:
-            tokens: the encoder's input, [B, S] ids.
+            inputs: what the encoder reads, see `encoders`.
             graph: [L, L], A as `correlation_adjacency` makes it, not trained; None is
                 the identity.
             rows: [B] row numbers of the global batch for dropout; None for none.
             labels: not read; the loss is that of config.loss (published: bce).
         """
-        memory, valid = self.encoder(tokens, rows)
+        memory, valid = self.encoder(inputs, rows)
         pooled = masked_max(memory, valid)
         if pooled.shape[-1] != self.width:
             glorot = nn.initializers.glorot_uniform()

@@ -25,7 +25,7 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, UInt8, UInt32
+from jaxtyping import Array, Float, Key, UInt8, UInt32
 
 from cbmlc_jax.models.layers import Dropout
 from cbmlc_jax.models.outputs import Outputs
@@ -151,10 +151,15 @@ def marginal_logits(
 
 
 def _sum_rows(
-    tokens: Int[Array, "batch tokens"], table: Float[Array, "features width"]
+    inputs: dict[str, Array], table: Float[Array, "features width"]
 ) -> Float[Array, "batch width"]:
-    """counts(tokens) @ table, without the [N, F] matrix; multi-hot for sets."""
+    """x @ table; of tokens without the [N, F] matrix of their counts or weights."""
+    if "features" in inputs:
+        return inputs["features"] @ table
+    tokens = inputs["tokens"]
     chosen = table[jnp.maximum(tokens - 1, 0)]
+    if "weights" in inputs:
+        chosen *= inputs["weights"][..., None]
     return jnp.sum(jnp.where((tokens > 0)[..., None], chosen, 0), axis=1)
 
 
@@ -224,11 +229,11 @@ class MPVAE(nn.Module):
         return [self._layer(f"{name}_{i}", a, b) for i, (a, b) in enumerate(pairs)]
 
     def _encode_features(
-        self, tokens: Int[Array, "batch tokens"], rows: UInt32[Array, " batch"] | None
+        self, inputs: dict[str, Array], rows: UInt32[Array, " batch"] | None
     ) -> tuple[Float[Array, "batch latent"], Float[Array, "batch latent"]]:
         """m_x and log s_x^2."""
         (kernel, bias), *rest = self.feature_encoder
-        hidden = _sum_rows(tokens, kernel) + bias[None]
+        hidden = _sum_rows(inputs, kernel) + bias[None]
         hidden = self.feature_dropout[0](jax.nn.relu(hidden), rows)
         for layer, dropout in zip(rest, self.feature_dropout[1:], strict=True):
             hidden = dropout(jax.nn.relu(_affine(hidden, layer)), rows)
@@ -236,7 +241,7 @@ class MPVAE(nn.Module):
 
     def _encode_labels(
         self,
-        tokens: Int[Array, "batch tokens"],
+        inputs: dict[str, Array],
         labels: Float[Array, "batch labels"],
         rows: UInt32[Array, " batch"],
     ) -> tuple[Float[Array, "batch latent"], Float[Array, "batch latent"]]:
@@ -246,7 +251,7 @@ class MPVAE(nn.Module):
             kernel[: self.num_features],
             kernel[self.num_features :],
         )
-        hidden = _sum_rows(tokens, of_features) + labels @ of_labels + bias[None]
+        hidden = _sum_rows(inputs, of_features) + labels @ of_labels + bias[None]
         hidden = self.label_dropout[0](jax.nn.relu(hidden), rows)
         for layer, dropout in zip(rest, self.label_dropout[1:], strict=True):
             hidden = dropout(jax.nn.relu(_affine(hidden, layer)), rows)
@@ -267,7 +272,7 @@ class MPVAE(nn.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "batch tokens"],
+        inputs: dict[str, Array],
         graph: Array | None = None,
         rows: UInt32[Array, " batch"] | None = None,
         labels: UInt8[Array, "batch labels"] | None = None,
@@ -278,7 +283,7 @@ class MPVAE(nn.Module):
         number where they differ between rows.
 
         Args:
-            tokens: [N, S] ids.
+            inputs: `tokens` int32 [N, S] and perhaps `weights`, or `features` [N, F].
             graph: not read.
             rows: [N] row numbers of the global batch; None for evaluation.
             labels: [N, L]; with them z is drawn, without them it is m_x.
@@ -286,15 +291,15 @@ class MPVAE(nn.Module):
         Raises:
             ValueError: labels without rows.
         """
-        mean, log_var = self._encode_features(tokens, rows)
-        of_tokens = _sum_rows(tokens, self.decoder[0][0][: self.num_features])
+        mean, log_var = self._encode_features(inputs, rows)
+        of_tokens = _sum_rows(inputs, self.decoder[0][0][: self.num_features])
         if labels is None:
             mu = self._decode(of_tokens, mean, self.feature_head)
             return Outputs(marginal_logits(mu, self.factor))
         if rows is None:
             raise ValueError("MPVAE draws samples by row: labels need rows")
         labels = labels.astype(mean.dtype)
-        label_mean, label_log_var = self._encode_labels(tokens, labels, rows)
+        label_mean, label_log_var = self._encode_labels(inputs, labels, rows)
         noise = row_normals(self.make_rng("sample"), rows, self.latent_width)
         noise = noise.astype(mean.dtype)
 

@@ -207,19 +207,21 @@ class Seq2Seq(nn.Module):
     @nn.compact
     def __call__(
         self,
-        tokens: Int[Array, "batch tokens"],
+        inputs: dict[str, Array],
         graph: Array | None = None,
         rows: UInt32[Array, " batch"] | None = None,
         labels: Int[Array, "batch labels"] | None = None,
     ) -> Outputs:
         """The loss, given the labels [B, L]; else the beam's scores and its best set.
 
+        inputs holds `tokens` int32 [B, S], ids in their order, 0 is padding.
+
         The loss of a row is the cross-entropy summed over its steps, EOS included (so
         does the authors' code, and averages over the batch); the logits beside it come
         of the given labels and are no prediction.  graph is not read; rows [B] are the
         row numbers of the global batch for dropout, None for none.
         """
-        eos = len(self.label_order)
+        tokens, eos = inputs["tokens"], len(self.label_order)
         max_labels = min(self.max_labels, eos)
         if rows is not None and self.word_dropout:
             key = self.make_rng("dropout")
