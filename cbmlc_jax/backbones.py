@@ -11,14 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from cbmlc_jax import files, models
+from cbmlc_jax import files, models, weights
 from cbmlc_jax.data import pipeline
-
-try:  # TEMPORARY
-    from cbmlc_jax import weights
-    from cbmlc_jax.models import pretrained
-except ImportError:
-    pass
+from cbmlc_jax.models import pretrained
 from cbmlc_jax.parallel import Devices
 
 LARGEST = 8 << 30  # bytes of cached features
@@ -45,9 +40,7 @@ def _loaded(variables: PyTree, settings) -> PyTree:
     """The network's variables with the numbers of the weights file in them."""
     path = weights_path(settings)
     try:
-        return pretrained.fit_into(
-            variables, pretrained.from_torch(weights.read(path), settings.name)
-        )
+        return pretrained.fit_into(variables, pretrained.from_torch(weights.read(path)))
     except ValueError as error:
         raise weights.WeightsError(f"{path}: {error}") from error
 

@@ -38,8 +38,9 @@ def make_optimizer(
         beta2: of Adam.
         clip_norm: the gradient is scaled down to this norm; 0 leaves it.
         decoupled: which kind of weight decay.
-        frozen: names of parameters, or of modules, that stay as they are.
-        slow: name of a module and the factor on its learning rate.
+        frozen: parameters or modules that stay as they are: a name, or the end of a
+            path ("backbone/conv1").
+        slow: such a module and the factor on its learning rate.
     """
     decay = optax.add_decayed_weights(weight_decay)
     rule = (
@@ -67,7 +68,10 @@ def make_optimizer(
 
 
 def _inside(params: PyTree, names: tuple[str, ...]) -> PyTree:
-    """Of each parameter, whether a part of its path is one of `names`."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: any(part.key in names for part in path), params
-    )
+    """Of each parameter, whether one of `names` stands in its path."""
+
+    def inside(path, _) -> bool:
+        whole = "/".join(["", *(part.key for part in path), ""])
+        return any(f"/{name}/" in whole for name in names)
+
+    return jax.tree_util.tree_map_with_path(inside, params)

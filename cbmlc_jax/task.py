@@ -208,10 +208,13 @@ def _input_meta(inputs: pipeline.Inputs, feature_names: tuple[str, ...]) -> dict
         "inputs": {k: (v.shape[1:], str(v.dtype)) for k, v in example.items()},
     }
     if isinstance(inputs, pipeline.Dense) and inputs.values.ndim == 2:
-        deviation = inputs.values.std(0)
+        # In float32 a constant column could have a tiny deviation.
+        mean = inputs.values.mean(0, dtype=np.float64)
+        deviation = inputs.values.std(0, dtype=np.float64)
+        varies = deviation > 1e-6 * np.abs(mean)
         meta["num_features"] = inputs.values.shape[1]
-        meta["feature_mean"] = inputs.values.mean(0)
-        meta["feature_scale"] = np.where(deviation > 0, deviation, 1)
+        meta["feature_mean"] = mean.astype(np.float32)
+        meta["feature_scale"] = np.where(varies, deviation, 1).astype(np.float32)
     return meta
 
 

@@ -193,7 +193,8 @@ def make_tx(config, steps_per_epoch: int) -> optax.GradientTransformation:
     if not config.embeddings.trainable:
         frozen += ("label_embeddings",)
     if encoder.name in BACKBONES:
-        frozen += create_backbone(encoder).frozen_modules
+        stages = create_backbone(encoder).frozen_modules
+        frozen += tuple(f"backbone/{name}" for name in stages)
         slow = ("backbone", settings.backbone_rate)
     return optim.make_optimizer(
         name=settings.name,

@@ -14,14 +14,10 @@ from cbmlc_jax.models.baselines.pooled_linear import PooledLinear
 from cbmlc_jax.models.baselines.seq2seq import Seq2Seq
 from cbmlc_jax.models.cbmlc import CbMLC
 from cbmlc_jax.models.decoder import LabelGraphDecoder
+from cbmlc_jax.models.efficientnet import EfficientNetLite
 from cbmlc_jax.models.encoders import DenseEncoder, ImageEncoder, TokenEncoder
 from cbmlc_jax.models.outputs import Outputs
-
-try:  # TEMPORARY
-    from cbmlc_jax.models.efficientnet import EfficientNetLite
-    from cbmlc_jax.models.resnet import ResNet
-except ImportError:
-    EfficientNetLite = ResNet = None
+from cbmlc_jax.models.resnet import ResNet
 
 __all__ = [
     "BACKBONES",

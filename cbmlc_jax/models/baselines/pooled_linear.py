@@ -1,6 +1,6 @@
 """A linear classifier on an encoder's pooled output: the usual image baseline.
 
-    logits = max over positions (encoder(x)) W + b
+logits = max over positions (encoder(x)) W + b
 """
 
 from __future__ import annotations
