@@ -65,11 +65,10 @@ def feed(
     try:
         for element in iterator:
             if "error" in element:
-                raise DataError(element["error"])
+                raise DataError(str(element["error"]))
             if workers:  # out of the memory that is shared with them
                 element = {name: np.array(array) for name, array in element.items()}
             yield element
+            del element
     finally:
-        close = getattr(iterator, "close", None)
-        if close:
-            close()
+        iterator.close()

@@ -10,7 +10,7 @@ import numpy as np
 import scipy.sparse
 from jaxtyping import Float, UInt8
 from scipy.special import expit
-from sklearn.linear_model import LogisticRegression as _Liblinear
+from sklearn.linear_model import LogisticRegression as _Regression
 from sklearn.preprocessing import normalize
 
 from cbmlc_jax.models.baselines.estimator import Inputs, Params
@@ -24,8 +24,8 @@ class LogisticRegression:
                     + C sum_i log(1 + exp(-(2 y_il - 1) (w_l . z_i + b_l)))
 
     z are tf-idf rows of length 1 for sparse inputs, standardised columns for dense
-    ones.  A label that is the same on all rows has w = 0 and the log odds of
-    (positives + 1/2) / (N + 1) as b.
+    ones (of which b is not in the penalty, and the solver is L-BFGS).  A label that is
+    the same on all rows has w = 0 and the log odds of (positives + 1/2) / (N + 1) as b.
 
     Attributes:
         cost: C.
@@ -42,14 +42,19 @@ class LogisticRegression:
         weights = np.zeros((inputs.shape[1], labels.shape[1]), np.float32)
         bias = np.log(share / (1 - share)).astype(np.float32)
 
+        # liblinear would store dense rows as sparse ones, at many times the cost.
+        solver = {"solver": "liblinear"}
+        if not scipy.sparse.issparse(rows):
+            solver = {"solver": "lbfgs", "max_iter": 1000}
+
         def one(label: int) -> None:
-            model = _Liblinear(C=self.cost, solver="liblinear")
+            model = _Regression(C=self.cost, **solver)
             model.fit(rows, labels[:, label])
             weights[:, label], bias[label] = model.coef_[0], model.intercept_[0]
 
         varying = np.flatnonzero((positives > 0) & (positives < len(labels)))
-        # liblinear runs outside the interpreter's lock, and its primal solver draws no
-        # random numbers: threads change the time, not the result.
+        # The solvers work outside the interpreter's lock and draw no random numbers:
+        # threads change the time, not the result.
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             list(pool.map(one, varying))
         return {"weights": weights, "bias": bias, "scale": scale}
@@ -65,9 +70,12 @@ class LogisticRegression:
 def fit_scale(inputs: Inputs) -> Params:
     """What `rescale` needs: idf [F] of sparse inputs, mean and deviation of dense.
 
-    idf_f = log((1 + N) / (1 + #{rows with f})) + 1
+    idf_f = log((1 + N) / (1 + #{rows with f})) + 1 for counts; 1 where the inputs are
+    weights already, i.e. not whole numbers.
     """
     if scipy.sparse.issparse(inputs):
+        if (inputs.data % 1).any():
+            return {"idf": np.ones(inputs.shape[1])}
         rows = np.bincount(inputs.indices, minlength=inputs.shape[1])
         return {"idf": np.log((1 + inputs.shape[0]) / (1 + rows)) + 1}
     deviation = inputs.std(0)
