@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from cbmlc_jax.data.dataset import DataError
 
-AHEAD = 4  # batches that wait at most, for each worker
-THREADS = 2  # of this process, where there are no workers
+AHEAD = 4  # batches that are being made or wait, in this process
+THREADS = min(AHEAD, os.cpu_count() or 1)  # that make them, without workers
+WAITING = 2  # finished batches that wait at each worker
 
 
 class _Caught:
@@ -18,10 +20,7 @@ class _Caught:
     def __init__(self, source: Sequence[dict]):
         self._source = source
 
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, number):
+    def __call__(self, number: int) -> dict:
         try:
             return self._source[number]
         except DataError as error:
@@ -34,11 +33,12 @@ def feed(
     """The elements of `source` from `start` on, in their order.
 
     The result does not depend on `workers`.  Where to go on after a stop is the number
-    of elements that were taken: pass it as `start`.  Memory holds at most AHEAD
-    elements a worker, or AHEAD + THREADS.
+    of elements that were taken: pass it as `start`.  Memory holds AHEAD elements, or
+    WAITING + 1 a worker, and the one that was taken.
 
     Args:
-        source: by number; an element is a whole batch.
+        source: by number; an element is a whole batch.  Several threads ask at once;
+            with workers, it can be pickled.
         start: first element.
         workers: processes that make them; 0: threads of this one (images are decoded
             outside the interpreter's lock).
@@ -46,29 +46,29 @@ def feed(
     Raises:
         DataError: of the source, when its turn comes.
     """
-    import grain
+    import grain  # a second
     from absl import flags
-
-    if not flags.FLAGS.is_parsed():  # grain reads flags of its own
-        flags.FLAGS.mark_as_parsed()
-    # Not a slice of the MapDataset: that would be a view of `source` with len().
-    data = grain.MapDataset.range(start, len(source)).map(_Caught(source).__getitem__)
-    options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD)
+    MIN = int(os.environ.get("MINSHM", 1 << 60))
+    # Not a slice of a MapDataset: that would be a view of `source` with len().
+    data = grain.MapDataset.range(start, len(source)).map(_Caught(source))
+    threads, ahead = (0, 0) if workers else (THREADS, AHEAD)
+    batches = data.to_iter_dataset(grain.ReadOptions(threads, ahead))
     if workers:
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD)
-    iterable = data.to_iter_dataset(options)
-    if workers:
-        iterable = iterable.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+        if not flags.FLAGS.is_parsed():  # grain reads flags of its own
+            flags.FLAGS.mark_as_parsed()
+        options = grain.experimental.DatasetOptions(min_shm_size=MIN)
+        batches = grain.experimental.WithOptionsIterDataset(batches, options)
+        batches = batches.mp_prefetch(
+            grain.MultiprocessingOptions(workers, per_worker_buffer_size=WAITING)
         )
-    iterator = iter(iterable)
+    iterator = iter(batches)
     try:
         for element in iterator:
             if "error" in element:
-                raise DataError(str(element["error"]))
-            if workers:  # out of the memory that is shared with them
+                raise DataError(element["error"])
+            if MIN == 0 and workers:
                 element = {name: np.array(array) for name, array in element.items()}
             yield element
-            del element
+            del element  # of what was taken, the caller decides
     finally:
         iterator.close()

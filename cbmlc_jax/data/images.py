@@ -1,15 +1,15 @@
 """Images as inputs: decoded when a batch needs them, uint8 squares for the network.
 
-Pixels stay 0..255: a network normalises them on the device.  EXIF orientation is not
-applied, as in the reference code.
+Pixels stay 0..255: a network normalises them on the device, so that a batch is a
+quarter of its float32 size on the way there.  The orientation that EXIF notes is not
+applied, as in ML-GCN's code.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
-import warnings
+import io
 from collections.abc import Callable, Iterator
 from typing import ClassVar
 
@@ -19,22 +19,57 @@ from PIL import Image
 from cbmlc_jax.data.dataset import DataError, filled
 
 LARGEST_FILE = 64 << 20  # bytes
-LARGEST_IMAGE = 80_000_000  # pixels
+LARGEST_IMAGE = 80_000_000  # pixels; Pillow itself warns of 89 million
+# No others: some of Pillow's readers start programs (Ghostscript).
+FORMATS = ("JPEG", "PNG")
 SCALES = (1.0, 0.875, 0.75, 0.66, 0.5)  # of the shorter side
 MAX_DISTORT = 2  # width and height of a crop are at most so many scales apart
+# Where a crop lies, in quarters of the room that is left across and down.
+PLACES = (
+    *((x, y) for x in (0, 2, 4) for y in (0, 2, 4)),
+    *((x, y) for x in (1, 3) for y in (1, 3)),
+)
+
+
+def read_file(path: str) -> bytes:
+    """The content of an image file.
+
+    Raises:
+        DataError: the file is missing, cannot be read or is too large.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read(LARGEST_FILE + 1)
+    except FileNotFoundError:
+        raise DataError(
+            f"there is no image {path}: put it back, or take it off the list"
+        ) from None
+    except OSError as error:
+        raise DataError(
+            f"cannot read the image {path} ({error.strerror}): is it a file, and yours "
+            "to read?"
+        ) from error
+    if len(content) > LARGEST_FILE:
+        raise DataError(
+            f"{path} has more than {LARGEST_FILE} bytes: make the image smaller"
+        )
+    return content
 
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """Files of images, one a row.
+    """Images, one a row, that are decoded anew whenever a batch needs them.
 
     Attributes:
-        paths: N files.
+        paths: N files, or names that `read` knows.
         side: of the square that a batch holds.
+        read: path -> the encoded image (JPEG or PNG); can be pickled, and several
+            threads call it at once.
     """
 
     paths: tuple[str, ...]
     side: int
+    read: Callable[[str], bytes] = read_file
     decodes: ClassVar[bool] = True
 
     def __len__(self) -> int:
@@ -47,54 +82,54 @@ class Images:
 
     def take(self, rows: np.ndarray) -> Images:
         """The given rows, in the given order."""
-        return Images(tuple(self.paths[row] for row in rows), self.side)
+        return dataclasses.replace(self, paths=tuple(self.paths[row] for row in rows))
 
     def batch(self, rows: np.ndarray, width: int) -> dict[str, np.ndarray]:
         """`images` uint8 [len(rows), side, side, 3], each warped to the square.
 
-        Row -1 repeats a row of the batch.
+        Bilinear, and the aspect is not kept.  Row -1 repeats a row of the batch.
 
         Raises:
             DataError: names a file that is no image, or not whole.
         """
         del width
-        size = (self.side, self.side)
-
-        def warped(image: Image.Image, row: int) -> Image.Image:
-            return image.resize(size, Image.Resampling.BILINEAR)
-
-        return self._images(rows, warped)
+        return self._views(rows, lambda image, row: self._resized(image))
 
     def augmented(
         self, rows: np.ndarray, random: Callable[[int], np.random.Generator]
     ) -> dict[str, np.ndarray]:
-        """As `batch`, with `multi_scale_crop` and a flip of every other image.
+        """As `batch`, of a `multi_scale_crop` that is flipped with probability 1/2.
 
         Args:
             rows: as in `batch`.
             random: row -> its generator: what a row gets depends on nothing else.
+
+        Raises:
+            DataError: as `batch`.
         """
 
-        def cropped(image: Image.Image, row: int) -> Image.Image:
-            generator = random(int(row))
-            box = multi_scale_crop(image.size, self.side, generator)
-            size = (self.side, self.side)
-            image = image.resize(size, Image.Resampling.BILINEAR, box=box)
+        def view(image: Image.Image, row: int) -> Image.Image:
+            generator = random(row)
+            # Not `resize(box=)`: that mixes in what lies beside the crop.
+            image = image.crop(multi_scale_crop(image.size, self.side, generator))
+            image = self._resized(image)
             if generator.random() < 0.5:
                 image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             return image
 
-        return self._images(rows, cropped)
+        return self._views(rows, view)
 
-    def _images(self, rows: np.ndarray, view: Callable) -> dict[str, np.ndarray]:
+    def _resized(self, image: Image.Image) -> Image.Image:
+        return image.resize((self.side, self.side), Image.Resampling.BILINEAR)
+
+    def _views(
+        self, rows: np.ndarray, view: Callable[[Image.Image, int], Image.Image]
+    ) -> dict[str, np.ndarray]:
+        rows = filled(rows)
         out = np.empty((len(rows), self.side, self.side, 3), np.uint8)
-        for place, row in enumerate(filled(rows)):
-            # Rows that fill up a batch are not decoded again.
-            first = place if rows[place] >= 0 else np.flatnonzero(rows == row)
-            if rows[place] < 0 and len(first):
-                out[place] = out[first[0]]
-                continue
-            out[place] = np.asarray(view(decoded(self.paths[row]), row))
+        for row in np.unique(rows).tolist():  # what fills up is not decoded again
+            path = self.paths[row]
+            out[rows == row] = np.asarray(view(decoded(self.read(path), path), row))
         return {"images": out}
 
     def matrix(self, num_features: int) -> np.ndarray:
@@ -103,61 +138,60 @@ class Images:
         Raises:
             DataError: always.
         """
-        raise DataError("an estimator cannot read images, only what a network makes")
+        raise DataError(
+            "an estimator cannot read images: give it the features that a network "
+            "makes of them"
+        )
 
     def content(self) -> Iterator[bytes]:
         """sha256 of each file: where it lies is of no matter."""
         for path in self.paths:
-            yield hashlib.sha256(_bytes(path)).digest()
+            yield hashlib.sha256(self.read(path)).digest()
 
 
-def _bytes(path: str) -> bytes:
-    try:
-        size = os.path.getsize(path)
-        if size > LARGEST_FILE:
-            raise DataError(f"{path} has {size} bytes, more than {LARGEST_FILE}")
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise DataError(f"cannot read the image {path}: {error.strerror}") from error
+def decoded(content: bytes, name: str) -> Image.Image:
+    """An image in RGB; transparency is dropped.
 
+    Always in full: JPEG's reduced decoding would make other pixels, and at side 224
+    VOC's images, twice as large at most, gain nothing by it.
 
-def decoded(path: str) -> Image.Image:
-    """An image in RGB.
+    Args:
+        content: of a JPEG or PNG file.
+        name: of the file, in messages.
 
     Raises:
-        DataError: the file is missing, no image, cut off, or too large.
+        DataError: it is no image, cut off, or too large.
     """
-    if not os.path.isfile(path):
-        raise DataError(f"there is no image {path}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damaged EXIF, and of large images
-            with Image.open(path) as image:
-                if image.width * image.height > LARGEST_IMAGE:
-                    raise DataError(
-                        f"{path} has {image.width} x {image.height} pixels, more than "
-                        f"{LARGEST_IMAGE}: make it smaller"
-                    )
-                return image.convert("RGB")
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            if image.width * image.height > LARGEST_IMAGE:
+                raise DataError(
+                    f"{name} has {image.width} x {image.height} pixels, more than "
+                    f"{LARGEST_IMAGE}: make the image smaller"
+                )
+            return image.convert("RGB")
     except DataError:
         raise
-    # Pillow's plugins raise whatever a damaged file leads them to.
+    # Pillow's readers raise whatever a damaged file leads them to.
     except Exception as error:
+        # Pillow's own sentence names the buffer, not the file.
+        reason = str(error)
+        if isinstance(error, Image.UnidentifiedImageError):
+            reason = "neither JPEG nor PNG" if content else "the file is empty"
         raise DataError(
-            f"{path} is no image that can be read ({type(error).__name__}: {error}): "
-            "replace it, or take it off the list"
+            f"{name} cannot be decoded ({reason}): replace it, or take it off the list"
         ) from error
 
 
 def multi_scale_crop(
     size: tuple[int, int], side: int, generator: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """A crop of one of some sizes, at one of 13 places (Wang et al. 2016, TSN).
+    """A crop of one of 19 shapes, at one of 13 places (Wang et al. 2015, as in ML-GCN).
 
-    Widths and heights are SCALES of the shorter side (or `side`, where within 2 pixels
-    of it), at most MAX_DISTORT scales apart; places are 0, 1, 2, 3 or 4 quarter steps
-    of the room that is left: corners, edges, the centre, and the four between.
+    Widths and heights are SCALES of the shorter side, rounded down (or `side`, where
+    within 2 pixels of it and not beyond the image), at most MAX_DISTORT scales apart.
+    Places are in steps of a quarter, rounded down, of the room that is left: corners,
+    middles of the edges, the centre, and the four halfway to the corners.
 
     Args:
         size: (width, height) of the image.
@@ -167,23 +201,16 @@ def multi_scale_crop(
     Returns:
         (left, top, right, bottom).
     """
-    sizes = [int(min(size) * scale) for scale in SCALES]
+    sizes = [max(1, int(min(size) * scale)) for scale in SCALES]
     sizes = [side if abs(s - side) < 3 else s for s in sizes]
-    pairs = [
-        (min(w, size[0]), min(h, size[1]))
-        for i, h in enumerate(sizes)
-        for j, w in enumerate(sizes)
+    shapes = [
+        (min(width, size[0]), min(height, size[1]))
+        for i, height in enumerate(sizes)
+        for j, width in enumerate(sizes)
         if abs(i - j) <= MAX_DISTORT
     ]
-    width, height = pairs[generator.integers(len(pairs))]
+    width, height = shapes[generator.integers(len(shapes))]
     across, down = PLACES[generator.integers(len(PLACES))]
     left = across * ((size[0] - width) // 4)
     top = down * ((size[1] - height) // 4)
     return left, top, left + width, top + height
-
-
-# Steps across and down.
-PLACES = (
-    *((x, y) for x in (0, 2, 4) for y in (0, 2, 4)),
-    *((x, y) for x in (1, 3) for y in (1, 3)),
-)

@@ -38,6 +38,7 @@ NUM_FEATURES = 47_236
 LONGEST = 300  # stems of a story
 RAREST = 2  # training stories that have a word of the vocabulary, at least
 LARGEST_VOCABULARY = 50_000
+_CHUNK = 10_000  # stories at once: memory does not grow with their number
 LONGEST_LINE = 1 << 20  # bytes
 LARGEST_FILE = 4 << 30  # bytes, decompressed
 SITE = "http://www.ai.mit.edu/projects/jmlr/papers/volume5/lewis04a/"
@@ -444,16 +445,19 @@ def _stems(
         if not documents:
             raise DataError(f"{path} has no documents: fetch it again from {SITE}")
     offsets = np.concatenate([[0], np.cumsum(np.array(lengths, np.int64))])
-    return Ragged(np.array(values, np.int32), offsets), np.array(documents, np.int64)
+    return Ragged(np.frombuffer(values, np.int32), offsets), np.array(documents)
 
 
 def _vocabulary(
     train: Ragged, stems: list[bytes]
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """int32 number of each stem in the vocabulary, and the vocabulary."""
-    rows = np.repeat(np.arange(len(train), dtype=np.int64), train.lengths)
-    pairs = np.unique(rows * len(stems) + train.values)
-    frequency = np.bincount(pairs % len(stems), minlength=len(stems))
+    frequency = np.zeros(len(stems), np.int64)
+    for start in range(0, len(train), _CHUNK):
+        some = train.take(np.arange(start, min(start + _CHUNK, len(train))))
+        rows = np.repeat(np.arange(len(some), dtype=np.int64), some.lengths)
+        pairs = np.unique(rows * len(stems) + some.values)
+        frequency += np.bincount(pairs % len(stems), minlength=len(stems))
     order = np.argsort(-frequency, kind="stable")
     kept = order[frequency[order] >= RAREST][: LARGEST_VOCABULARY - 1]
     chosen = np.zeros(len(stems), np.int32)
