@@ -51,7 +51,7 @@ def into(variables: PyTree, settings) -> PyTree:
     Raises:
         WeightsError: they are missing, damaged or of another network.
     """
-    own = {k: v["encoder"].get("backbone", {}) for k, v in variables.items()}
+    own = {k: v.get("encoder", {}).get("backbone") for k, v in variables.items()}
     if not any(own.values()):
         return variables  # all of the network was computed beforehand
     loaded = _loaded(own, settings)

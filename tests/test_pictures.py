@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 
@@ -9,9 +10,10 @@ import jax
 import numpy as np
 import pytest
 import running
+import test_backbones
 from PIL import Image
 
-from cbmlc_jax import config, fit, models, predict, systems
+from cbmlc_jax import backbones, config, fit, models, predict, systems
 from cbmlc_jax import run as run_lib
 from cbmlc_jax import task as task_lib
 from cbmlc_jax.data import voc
@@ -164,6 +166,34 @@ def test_estimators_read_the_pooled_features(folder, tmp_path):
     assert row["params"] > 512 * 20
     inputs = task_lib.build(settings(folder, **changes)).train.inputs
     assert inputs.values.shape[1:] == (512,)
+
+
+def test_given_weights_go_to_the_stages_that_are_there(folder, tmp_path):
+    from safetensors.numpy import save_file
+
+    state = {
+        name: np.full(shape, 0.25, np.float32)
+        for name, shape in test_backbones.torch_names(
+            test_backbones.like(models.create_backbone(settings(folder).model.encoder))
+        ).items()
+    }
+    save_file(state, tmp_path / "w.safetensors")
+    given = {"model.encoder.weights": str(tmp_path / "w.safetensors")}
+    inputs = {0: {"images": ((SIDE, SIDE, 3), "uint8")}}
+    inputs |= {4: {"features": ((2, 2, 256), "float32")}}
+    inputs |= {99: {"features": ((512,), "float32")}}
+    for stages, shapes in inputs.items():
+        config_ = settings(folder, **given, **{"model.encoder.frozen_stages": stages})
+        meta = running.meta(0, np.zeros((20, 1), np.float32))
+        meta = dataclasses.replace(meta, inputs=shapes)
+        system = systems.create(config_, meta, [8], None)
+        zeros = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), system.like)
+        variables = backbones.into(zeros, config_.model.encoder)
+        network = variables["params"].get("encoder", {}).get("backbone", {})
+        layers = {n for n in network if n.startswith("layer")}
+        assert len(layers) == {0: 4, 4: 1, 99: 0}[stages]
+        assert all((x == 0.25).all() for x in jax.tree.leaves(network))
+        assert not np.any(variables["params"]["readout"]["kernel"])
 
 
 def test_difficult_objects_can_be_ignored(folder):
