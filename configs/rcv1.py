@@ -9,8 +9,8 @@ from cbmlc_jax import config as config_lib
 
 
 def get_config(preset: str = ""):
-    """The paper's settings on weighted stems, `sequence`: on stems in their order, or
-    `subsets`: a small model on Mulan's 27,613 stories."""
+    """The paper's settings on weighted stems, `sequence`: on lists of stems, published
+    in scrambled order, or `subsets`: a small model on Mulan's 27,613 stories."""
     c = config_lib.base()
     c.data.name = "rcv1"
     c.preset = preset
