@@ -15,7 +15,7 @@ import pytest
 import running
 
 from cbmlc_jax import backbones, weights
-from cbmlc_jax.models import BACKBONES, efficientnet, pretrained, resnet
+from cbmlc_jax.models import BACKBONES, backbone, efficientnet, pretrained, resnet
 
 sys.path.insert(0, str(running.ROOT / "tests" / "golden"))
 import make_resnet  # noqa: E402
@@ -193,6 +193,24 @@ def test_sizes_are_the_published_ones(name, parameters, width):
         network.apply, shapes, jax.ShapeDtypeStruct((3, 33, 47, 3), jnp.uint8)
     )
     assert out.shape == (3, width)
+
+
+@pytest.mark.parametrize(("size", "stride"), [(3, 1), (3, 2), (5, 1), (5, 2)])
+@pytest.mark.parametrize("shape", [(7, 8), (6, 3), (1, 2)])
+def test_depthwise_is_a_grouped_convolution(size, stride, shape):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, *shape, 4)).astype(np.float32)
+    kernel = rng.normal(size=(size, size, 1, 4)).astype(np.float32)
+    expected = jax.lax.conv_general_dilated(
+        x,
+        kernel,
+        (stride, stride),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=4,
+    )
+    found = backbone.Depthwise(size, stride).apply({"params": {"kernel": kernel}}, x)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def published() -> str:

@@ -13,7 +13,7 @@ import math
 import flax.linen as nn
 import jax.numpy as jnp
 
-from cbmlc_jax.models.backbone import Backbone, Norm, conv
+from cbmlc_jax.models.backbone import Backbone, Depthwise, Norm, conv
 
 # Kernel, stride, expansion, channels, repeats of EfficientNet-B0's groups.
 _GROUPS = (
@@ -92,8 +92,7 @@ class MBConv(nn.Module):
         if self.expansion != 1:
             y = conv(inner, 1, 1, name="_expand_conv")(y)
             y = nn.relu6(_norm("_bn0")(y, train))
-        sizes = inner, self.kernel, self.stride, "SAME"
-        y = conv(*sizes, groups=inner, name="_depthwise_conv")(y)
+        y = Depthwise(self.kernel, self.stride, name="_depthwise_conv")(y)
         y = nn.relu6(_norm("_bn1")(y, train))
         y = conv(self.width, 1, 1, name="_project_conv")(y)
         y = _norm("_bn2")(y, train)
