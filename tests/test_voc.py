@@ -1,26 +1,30 @@
-"""VOC's lists and images, the crops, and batches that are made ahead."""
+"""PASCAL VOC: its lists, their mistakes, and every place that it is read from."""
 
 from __future__ import annotations
 
-import collections
-import functools
 import pathlib
+import pickle
+import types
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from cbmlc_jax import rngs
-from cbmlc_jax.data import images, pipeline, voc
+from cbmlc_jax.data import voc
 from cbmlc_jax.data.dataset import DataError
-from cbmlc_jax.data.feed import feed
-from cbmlc_jax.data.images import Images, multi_scale_crop
 
-VALUES = {"cat": {"000001": 1, "000002": 0, "000003": -1}, "dog": {"000003": 1}}
-SPLITS = {"trainval": ["000001", "000002", "000003"], "test": ["000004"]}
+# Class -> image -> value, -1 where it is not named.
+VALUES = {
+    "cat": {"000001": 1, "000002": 0, "000003": -1, "000005": 0},
+    "dog": {"000003": 1},
+    "tvmonitor": {"000004": 1},
+}
+SPLITS = {"trainval": ["000001", "000002", "000003"], "test": ["000004", "000005"]}
+CAT, DOG = voc.CLASSES.index("cat"), voc.CLASSES.index("dog")
 
 
-def write_lists(base: pathlib.Path) -> None:
+def write(base: pathlib.Path) -> None:
+    """A small VOC: lists and images."""
     lists = base / "ImageSets" / "Main"
     lists.mkdir(parents=True)
     (base / "JPEGImages").mkdir()
@@ -38,49 +42,85 @@ def write_lists(base: pathlib.Path) -> None:
 
 @pytest.fixture
 def folder(tmp_path) -> pathlib.Path:
-    write_lists(tmp_path / "VOCdevkit" / "VOC2007")
+    write(tmp_path / "VOCdevkit" / "VOC2007")
     return tmp_path
 
 
+@pytest.fixture
+def part(tmp_path) -> pathlib.Path:
+    """A folder with two of the three training images."""
+    base = tmp_path / "part" / "voc2007_small"
+    write(base)
+    (base / "trainval_have.txt").write_text("000003\n000001\n")
+    (base / "test_have.txt").write_text("000004\n")
+    (base / "JPEGImages" / "000002.jpg").unlink()
+    (base / "JPEGImages" / "000005.jpg").unlink()
+    return base.parent
+
+
 def test_labels_and_the_policy_for_difficult_objects(folder):
-    cat, dog = voc.CLASSES.index("cat"), voc.CLASSES.index("dog")
     found = {
         policy: voc.load(str(folder), side=32, difficult=policy)
         for policy in ("positive", "ignore", "negative")
     }
-    assert found["positive"].train.labels[:, cat].tolist() == [1, 1, 0]
+    assert found["positive"].train.labels[:, CAT].tolist() == [1, 1, 0]
+    assert found["positive"].test.labels[:, CAT].tolist() == [0, 1]
     for policy in ("ignore", "negative"):
-        assert found[policy].train.labels[:, cat].tolist() == [1, 0, 0]
-    assert found["positive"].train.labels[:, dog].tolist() == [0, 0, 1]
+        assert found[policy].train.labels[:, CAT].tolist() == [1, 0, 0]
+        assert found[policy].test.labels[:, CAT].tolist() == [0, 0]
+    assert found["positive"].train.labels[:, DOG].tolist() == [0, 0, 1]
+    assert found["positive"].train.labels.sum() == 3
     assert found["positive"].train.ignored is found["negative"].train.ignored is None
     ignored = found["ignore"].train.ignored
-    assert ignored.sum() == 1 and ignored[1, cat]
-    dataset = found["positive"]
-    assert dataset.name == "voc" and dataset.kind == "images"
-    texts = dict(zip(dataset.label_names, dataset.label_texts, strict=True))
-    assert texts["tvmonitor"] == "tv monitor" and texts["cat"] == "cat"
+    assert ignored.sum() == 1 and ignored[1, CAT]
+    assert np.argwhere(found["ignore"].test.ignored).tolist() == [[1, CAT]]
     assert len({found[policy].fingerprint for policy in found}) == 3
+
+
+def test_names_and_images(folder):
+    dataset = voc.load(str(folder), side=32)
+    assert dataset.name == "voc" and dataset.kind == "images"
+    assert len(dataset.label_names) == 20
+    assert list(dataset.label_names) == sorted(dataset.label_names)
+    assert dataset.feature_names == ()
+    texts = dict(zip(dataset.label_names, dataset.label_texts, strict=True))
+    changed = {name: text for name, text in texts.items() if name != text}
+    assert changed == {
+        "diningtable": "dining table",
+        "pottedplant": "potted plant",
+        "tvmonitor": "tv monitor",
+    }
     batch = dataset.train.inputs.batch(np.array([2, 0, -1]), 8)["images"]
     assert batch.shape == (3, 32, 32, 3) and batch.dtype == np.uint8
     np.testing.assert_allclose(batch[:, 5, 5, 0], [60, 20, 60], atol=3)
 
 
-def test_a_part_of_the_images(folder, tmp_path):
-    base = tmp_path / "part" / "voc2007_small"
-    base.parent.mkdir()
-    write_lists(base)
-    (base / "trainval_have.txt").write_text("000003\n000001\n")
-    (base / "test_have.txt").write_text("000004\n")
-    (base / "JPEGImages" / "000002.jpg").unlink()
-    dataset = voc.load(str(base.parent), side=32)
+def test_a_part_of_the_images(part):
+    dataset = voc.load(str(part), side=32)
     assert dataset.name == "voc-partial"  # its numbers are not VOC's
-    assert dataset.train.labels[:, voc.CLASSES.index("dog")].tolist() == [1, 0]
+    assert dataset.train.labels[:, DOG].tolist() == [1, 0]
+    assert dataset.train.labels[:, CAT].tolist() == [0, 1]
     assert [p[-10:] for p in dataset.train.inputs.paths] == ["000003.jpg", "000001.jpg"]
-    with pytest.raises(DataError, match="VOCdevkit"):
-        voc.load(str(base.parent), variant="full")
-    (base / "test_have.txt").write_text("000009\n")
-    with pytest.raises(DataError, match="line 1: 000009 is not in test.txt"):
-        voc.load(str(base.parent))
+    assert len(dataset.test) == 1
+    (part / "voc2007_small" / "test_have.txt").write_text("000009\n")
+    with pytest.raises(DataError, match="_have.txt names 000009, .* not in test.txt"):
+        voc.load(str(part))
+
+
+def test_which_variant_is_found(folder, part):
+    with pytest.raises(DataError, match="VOCdevkit.VOC2007: fetch VOCtrainval"):
+        voc.load(str(part), variant="full")
+    with pytest.raises(DataError, match="no .*voc2007_small: set config.data.variant"):
+        voc.load(str(folder), variant="partial")
+    (part / "voc2007_small").rename(folder / "voc2007_small")
+    assert voc.load(str(folder)).name == "voc"  # the full one first
+    assert voc.load(str(folder), variant="partial").name == "voc-partial"
+    (folder / "VOCdevkit" / "VOC2007").rename(folder / "VOC2007")
+    assert voc.load(str(folder), variant="full").name == "voc"
+    with pytest.raises(DataError, match="variant='half' is none of"):
+        voc.load(str(folder), variant="half")
+    with pytest.raises(DataError, match="difficult='neg' is none of positive, ig"):
+        voc.load(str(folder), difficult="neg")
 
 
 @pytest.mark.parametrize(
@@ -88,173 +128,166 @@ def test_a_part_of_the_images(folder, tmp_path):
     [
         ("cat_trainval", lambda s: s.replace(" 0", " 2"), "line 2: '2' is not -1, 0"),
         ("cat_trainval", lambda s: s + "000009  1\n", "000009 is not in trainval.txt"),
-        ("cat_trainval", lambda s: s + "000001  1\n", "line 4: 000001 is twice"),
-        ("cat_trainval", lambda s: s.splitlines()[0], "says nothing of 000001 .2 ima"),
-        ("cat_trainval", lambda s: s + "000009\n", "line 4: expected 2 words"),
+        ("cat_trainval", lambda s: s + "000001  1\n", "line 4: 000001 is there twice"),
+        ("cat_trainval", lambda s: s.splitlines()[0], "lacks 2 .* 3 .* them 000001"),
+        ("cat_trainval", lambda s: s + "000009\n", "line 4: 1 words, expected 2"),
         ("trainval", lambda s: s + "000001\n", "trainval.txt names an image twice"),
-        ("test", lambda s: s.replace("4", "\u00e9"), "it is no ASCII text"),
+        ("trainval", lambda s: s + "../../x\n", "line 4: '../../x' is no id"),
+        ("trainval", lambda s: s + "000009\n", "aeroplane_trainval.txt lacks 1 .*09"),
+        ("trainval", lambda s: "", "trainval.txt names no image"),
+        ("test", lambda s: s.replace("4", "\u00e9"), r"000004 is not in test.txt"),
+        ("test", lambda s: s + "0" * 1000, "test.txt is larger than 900 bytes"),
+        ("test", None, "cannot read the list .*test.txt .*unpack its archive"),
         ("dog_test", None, "cannot read the list .*dog_test.txt"),
     ],
 )
-def test_lists_that_disagree(folder, file, change, message):
+def test_lists_that_disagree(folder, monkeypatch, file, change, message):
+    monkeypatch.setattr(voc, "LARGEST_LIST", 900)
     path = folder / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main" / f"{file}.txt"
     if change is None:
         path.unlink()
     else:
         path.write_text(change(path.read_text()), encoding="utf8")
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=message) as caught:
+        voc.load(str(folder))
+    assert str(caught.value).count("\n") == 0
+
+
+def test_an_image_in_both_splits(folder):
+    lists = folder / "VOCdevkit" / "VOC2007" / "ImageSets" / "Main"
+    for path in lists.glob("*test.txt"):
+        value = "" if path.name == "test.txt" else " -1"
+        path.write_text(path.read_text() + f"000002{value}\n")
+    with pytest.raises(DataError, match="000002.jpg is in trainval.txt and in test"):
         voc.load(str(folder))
 
 
-def test_missing_images_and_folders(folder):
+def test_missing_images(folder):
     pictures = folder / "VOCdevkit" / "VOC2007" / "JPEGImages"
     (pictures / "000002.jpg").unlink()
-    with pytest.raises(DataError, match="1 of the 3 images .*000002.jpg: unpack"):
+    (pictures / "000003.jpg").unlink()
+    with pytest.raises(DataError, match="2 of the 3 images .*000002.jpg: unpack"):
         voc.load(str(folder))
-    with pytest.raises(DataError, match="VOC2007: fetch VOCtrainval and VOCtest"):
-        voc.load(None)
-    with pytest.raises(DataError, match="'half' is none of voc's"):
-        voc.load(str(folder), variant="half")
 
 
-def test_files_that_are_no_images(tmp_path, monkeypatch):
-    path = tmp_path / "a.jpg"
-    good = tmp_path / "good.jpg"
-    Image.new("RGB", (64, 48), (10, 20, 30)).save(good)
-    for content in (b"", b"no image at all", good.read_bytes()[:300]):
-        path.write_bytes(content)
-        with pytest.raises(DataError, match=r"a.jpg is no image that can be read"):
-            images.decoded(str(path))
-    with pytest.raises(DataError, match="there is no image .*b.jpg"):
-        images.decoded(str(tmp_path / "b.jpg"))
-    monkeypatch.setattr(images, "LARGEST_IMAGE", 3000)
-    with pytest.raises(DataError, match="64 x 48 pixels, more than 3000: make it"):
-        images.decoded(str(good))
-    # Palette, grey and transparent images become RGB.
-    for mode in ("P", "L", "RGBA"):
-        Image.new(mode, (8, 8)).save(tmp_path / "c.png")
-        assert images.decoded(str(tmp_path / "c.png")).mode == "RGB"
-    with pytest.raises(DataError, match="estimator cannot read images"):
-        Images((str(good),), 32).matrix(3)
+# TensorFlow Datasets.
 
 
-def test_crops_of_every_size_at_every_place():
-    size, side = (500, 334), 224
-    scaled = [334, 292, 250, 224, 167]  # 334 times the scales; 220 is not near 224
-    scaled[3] = 220
-    seen = collections.Counter()
-    for draw in range(6000):
-        box = multi_scale_crop(size, side, rngs.generator(0, "test", draw))
-        left, top, right, bottom = box
-        assert 0 <= left and 0 <= top and right <= 500 and bottom <= 334
-        seen[box] += 1
-    sizes = {(b[2] - b[0], b[3] - b[1]) for b in seen}
-    expected = {
-        (w, h)
-        for i, w in enumerate(scaled)
-        for j, h in enumerate(scaled)
-        if abs(i - j) <= 2
-    }
-    assert sizes == expected and len(expected) == 19
-    # 250 x 167: quarter steps of 62 and 41 pixels.
-    places = {b[:2] for b in seen if (b[2] - b[0], b[3] - b[1]) == (250, 167)}
-    by_hand = {(62 * x, 41 * y) for x in (0, 2, 4) for y in (0, 2, 4)}
-    by_hand |= {(62 * x, 41 * y) for x in (1, 3) for y in (1, 3)}
-    assert places == by_hand and len(by_hand) == 13
-    # A scale within 2 pixels of the side is the side.
-    assert multi_scale_crop((225, 225), 224, np.random.default_rng(0))[2] <= 225
-    widths = {
-        multi_scale_crop((226, 300), 224, np.random.default_rng(i))[2]
-        for i in range(60)
-    }
-    assert 224 in widths and 226 not in widths
+def annotation(image: str) -> str:
+    """Boxes that say what `VALUES` do."""
+    objects = ""
+    for of_class, values in VALUES.items():
+        # Beside an object that is not difficult, a difficult one changes nothing.
+        kinds = {1: "01", 0: "11"}.get(values.get(image, -1), "")
+        objects += "".join(
+            f"<object><name>{of_class}</name><pose>Left</pose><truncated>0</truncated>"
+            f"<difficult>{kind}</difficult><bndbox><xmin>1</xmin><ymin>1</ymin>"
+            "<xmax>9</xmax><ymax>9</ymax></bndbox></object>"
+            for kind in kinds
+        )
+    size = "<size><width>50</width><height>40</height></size>"
+    return f"<annotation>{size}{objects}</annotation>"
 
 
 @pytest.fixture
-def pictures(tmp_path) -> Images:
-    rng = np.random.default_rng(0)
-    paths = []
-    for i in range(7):
-        pixels = rng.integers(0, 256, (40 + i, 60, 3), dtype=np.uint8)
-        paths.append(str(tmp_path / f"{i}.png"))
-        Image.fromarray(pixels).save(paths[-1])
-    return Images(tuple(paths), 32)
+def prepared(folder, tmp_path, monkeypatch, capfd) -> str:
+    """A cache with `voc/2007`, made by its own builder.
+
+    What the builder would have TensorFlow do, read files and unpack archives, is done
+    here: TensorFlow is not installed.
+    """
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.object_detection import voc as theirs
+
+    base = folder / "VOCdevkit" / "VOC2007"
+    (base / "Annotations").mkdir()
+    for image in SPLITS["trainval"] + SPLITS["test"]:
+        (base / "Annotations" / f"{image}.xml").write_text(annotation(image))
+    # Theirs are three, and the images of one are not in their order.
+    parts = {"train": ["000003", "000001"], "val": ["000002"], "test": SPLITS["test"]}
+    for name, ids in parts.items():
+        text = "".join(f"{i}\n" for i in ids)
+        (base / "ImageSets" / "Main" / f"{name}.txt").write_text(text)
+
+    class Voc(theirs.Voc, skip_registration=True):
+        name, code_path = "voc", None
+
+        def _split_generators(self, dl_manager):
+            names = {"train": "train", "validation": "val", "test": "test"}
+            return {
+                split: self._generate_examples(str(folder), name)
+                for split, name in names.items()
+            }
+
+    gfile = types.SimpleNamespace(GFile=open)
+    io = types.SimpleNamespace(gfile=gfile)
+    monkeypatch.setattr(theirs, "tf", types.SimpleNamespace(io=io))
+    cache = str(tmp_path / "cache")
+    builder = Voc(config="2007", data_dir=cache, file_format="array_record")
+    options = tfds.download.DownloadConfig(try_download_gcs=False)
+    builder.download_and_prepare(download_config=options)
+    return cache
 
 
-def test_a_row_is_augmented_alike_in_any_batch(pictures):
-    random = functools.partial(rngs.generator, 5, "augment", 2)
-    whole = pictures.augmented(np.arange(7), random)["images"]
-    part = pictures.augmented(np.array([4, 1, -1]), random)["images"]
-    np.testing.assert_array_equal(part, whole[[4, 1, 4]])
-    other = functools.partial(rngs.generator, 5, "augment", 3)
-    assert (
-        (pictures.augmented(np.arange(7), other)["images"] != whole)
-        .any((1, 2, 3))
-        .all()
-    )
-    # Row by row the crop and the flip of its generator.
-    flips = 0
-    for row in range(7):
-        generator = random(row)
-        image = images.decoded(pictures.paths[row])
-        box = multi_scale_crop(image.size, 32, generator)
-        image = image.resize((32, 32), Image.Resampling.BILINEAR, box=box)
-        expected = np.asarray(image)
-        if generator.random() < 0.5:
-            expected, flips = expected[:, ::-1], flips + 1
-        np.testing.assert_array_equal(whole[row], expected)
-    assert 0 < flips < 7
-    warped = pictures.batch(np.arange(7), 8)["images"]
-    image = images.decoded(pictures.paths[3])
-    size = (32, 32)
-    np.testing.assert_array_equal(
-        warped[3], np.asarray(image.resize(size, Image.Resampling.BILINEAR))
-    )
+def test_a_prepared_data_set_is_the_folder(folder, prepared):
+    for policy in voc.DIFFICULT:
+        options = {"side": 32, "difficult": policy}
+        expected = voc.load(str(folder), **options)
+        found = voc.load(None, cache_dir=prepared, **options)
+        assert found.fingerprint == expected.fingerprint, policy
+    rows = np.array([2, 0])
+    batch = found.train.inputs.batch(rows, 8)["images"]
+    np.testing.assert_array_equal(batch, expected.train.inputs.batch(rows, 8)["images"])
+    # In a worker, and where an image is broken.
+    inputs = pickle.loads(pickle.dumps(found.train.inputs.take(rows)))
+    np.testing.assert_array_equal(inputs.batch(np.arange(2), 8)["images"], batch)
 
 
-def epochs(pictures) -> pipeline.Epochs:
-    labels = np.eye(7, 3, dtype=np.uint8)
-    split = pipeline.Split(pictures, labels)
-    return pipeline.Epochs(split, 3, [8], seed=1, epochs=2, augment=True)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_made_ahead_or_not_the_batches_are_the_same(pictures, workers):
-    source = epochs(pictures)
-    expected = [source[i] for i in range(6)]
-    for start in (0, 4) if workers == 0 else (2,):
-        found = list(feed(source, start, workers))
-        assert len(found) == 6 - start
-        for a, b in zip(found, expected[start:], strict=True):
-            assert a.keys() == b.keys()
-            assert all(np.array_equal(a[k], b[k]) for k in a)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_an_error_names_its_file_when_its_turn_comes(pictures, workers):
-    with open(pictures.paths[2], "wb") as file:
-        file.write(b"no image")
-    batches = feed(epochs(pictures), 0, workers)
-    with pytest.raises(DataError, match="^.*2.png is no image that can be read"):
-        for _ in batches:
-            pass
-    batches = feed(epochs(pictures), 3, workers)
-    batches.close()  # early, before anything was asked for
+def test_a_prepared_data_set_that_is_missing_or_broken(prepared, tmp_path):
+    with pytest.raises(DataError, match="not downloaded: fetch VOCtrain.*array_record"):
+        voc.load(None, cache_dir=str(tmp_path / "empty"))
+    with pytest.raises(DataError, match="not downloaded"):
+        voc.load(None, cache_dir=prepared, variant="partial")
+    (file,) = pathlib.Path(prepared).rglob("voc-test.array_record*")
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(DataError, match="5.0.0 is broken or not array_record"):
+        voc.load(None, cache_dir=prepared)
 
 
 # The real part of VOC 2007.
 
+# Its README's table: labels with value 1 in trainval and in test.
+COUNTS = {
+    "aeroplane": (5, 5),
+    "bicycle": (15, 9),
+    "bird": (1, 1),
+    "boat": (6, 7),
+    "bottle": (5, 6),
+    "bus": (108, 108),
+    "car": (455, 469),
+    "cat": (224, 220),
+    "chair": (22, 11),
+    "cow": (1, 1),
+    "diningtable": (2, 2),
+    "dog": (12, 16),
+    "horse": (8, 6),
+    "motorbike": (25, 28),
+    "person": (216, 232),
+    "pottedplant": (16, 8),
+    "sheep": (1, 0),
+    "sofa": (14, 10),
+    "train": (175, 173),
+    "tvmonitor": (8, 12),
+}
+
 
 def test_real_part(data_dir):
-    dataset = voc.load(str(data_dir), side=32, variant="partial")
+    dataset = voc.load(str(data_dir), side=32, difficult="negative", variant="partial")
     assert (len(dataset.train), len(dataset.test)) == (942, 965)
-    counts = voc.load(str(data_dir), side=32, difficult="negative")
-    # Its README's table, of labels with value 1.
-    expected = {"car": (455, 469), "cat": (224, 220), "person": (216, 232)}
-    expected |= {"bus": (108, 108), "train": (175, 173), "sheep": (1, 0)}
-    for name, (train, test) in expected.items():
-        column = voc.CLASSES.index(name)
-        assert counts.train.labels[:, column].sum() == train, name
-        assert counts.test.labels[:, column].sum() == test, name
+    for split, column in ((dataset.train, 0), (dataset.test, 1)):
+        found = dict(zip(dataset.label_names, split.labels.sum(0), strict=True))
+        assert found == {name: counts[column] for name, counts in COUNTS.items()}
+    positive = voc.load(str(data_dir), side=32, variant="partial")
+    assert positive.train.labels.sum() > dataset.train.labels.sum()
     batch = dataset.test.inputs.batch(np.arange(8), 8)["images"]
     assert batch.shape == (8, 32, 32, 3) and 60 < batch.mean() < 190

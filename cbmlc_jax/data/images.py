@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from cbmlc_jax.data.dataset import DataError, filled
 
@@ -129,7 +129,7 @@ class Images:
         out = np.empty((len(rows), self.side, self.side, 3), np.uint8)
         for row in np.unique(rows).tolist():  # what fills up is not decoded again
             path = self.paths[row]
-            out[rows == row] = np.asarray(view(decoded(self.read(path), path), row))
+            out[rows == row] = np.asarray(view(decoded(path, self.read), row))
         return {"images": out}
 
     def matrix(self, num_features: int) -> np.ndarray:
@@ -149,24 +149,25 @@ class Images:
             yield hashlib.sha256(self.read(path)).digest()
 
 
-def decoded(content: bytes, name: str) -> Image.Image:
+def decoded(path: str, read: Callable[[str], bytes] = read_file) -> Image.Image:
     """An image in RGB; transparency is dropped.
 
-    Always in full: JPEG's reduced decoding would make other pixels, and at side 224
-    VOC's images, twice as large at most, gain nothing by it.
+    Always in full: JPEG's reduced decoding makes other pixels, and would begin only
+    where an image is twice as large as the square both ways; at side 224, few of VOC's.
 
     Args:
-        content: of a JPEG or PNG file.
-        name: of the file, in messages.
+        path: of a JPEG or PNG file.
+        read: path -> its content.
 
     Raises:
-        DataError: it is no image, cut off, or too large.
+        DataError: the file is missing, no image, cut off, or too large.
     """
+    content = read(path)
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if image.width * image.height > LARGEST_IMAGE:
                 raise DataError(
-                    f"{name} has {image.width} x {image.height} pixels, more than "
+                    f"{path} has {image.width} x {image.height} pixels, more than "
                     f"{LARGEST_IMAGE}: make the image smaller"
                 )
             return image.convert("RGB")
@@ -174,12 +175,12 @@ def decoded(content: bytes, name: str) -> Image.Image:
         raise
     # Pillow's readers raise whatever a damaged file leads them to.
     except Exception as error:
-        # Pillow's own sentence names the buffer, not the file.
         reason = str(error)
-        if isinstance(error, Image.UnidentifiedImageError):
+        if isinstance(error, UnidentifiedImageError):  # says nothing of the file
             reason = "neither JPEG nor PNG" if content else "the file is empty"
         raise DataError(
-            f"{name} cannot be decoded ({reason}): replace it, or take it off the list"
+            f"{path} is no image that can be read ({reason}): replace it, or take it "
+            "off the list"
         ) from error
 
 
