@@ -18,6 +18,7 @@ from cbmlc_jax import run as run_lib
 from cbmlc_jax import task as task_lib
 from cbmlc_jax.data import voc
 from cbmlc_jax.data.dataset import DataError
+from cbmlc_jax.models import resnet
 
 SIDE = 32
 CHANGES = {
@@ -36,6 +37,33 @@ CHANGES = {
     "eval.batch_size": 4,
     "train.num_epochs": 2,
 }
+
+
+class Small(resnet.ResNet):
+    """The stages of ResNet-18, of one block and 8 channels each: quick to compile."""
+
+    def stages(self):
+        def layer(number):
+            def run(x, train):
+                stride = 1 if number == 1 else 2
+                block = resnet.Layer(1, 8, stride, False, name=f"layer{number}")
+                return block(x, train)
+
+            return (f"layer{number}",), run
+
+        (names, _), *_, pool = super().stages()
+
+        def stem(x, train):
+            x = resnet.conv(8, 3, 4, name="conv1")(x)
+            return resnet.Norm(name="bn1")(x, train)
+
+        return [(names, stem), *(layer(i) for i in (1, 2, 3, 4)), pool]
+
+
+@pytest.fixture(autouse=True)
+def small_network(request, monkeypatch):
+    if "given_weights" not in request.node.name:
+        monkeypatch.setitem(models.BACKBONES, "resnet18", (Small, 18))
 
 
 @pytest.fixture(scope="module")
@@ -163,9 +191,9 @@ def test_frozen_features_are_computed_once_and_change_nothing(folder, tmp_path, 
 def test_estimators_read_the_pooled_features(folder, tmp_path):
     changes = {"model.name": "logistic_regression", "logistic_regression.cost": 1.0}
     row = fit.train_and_evaluate(settings(folder, **changes), str(tmp_path), "test")
-    assert row["params"] > 512 * 20
+    assert row["params"] == 8 * 20 + 20 + 2 * 8
     inputs = task_lib.build(settings(folder, **changes)).train.inputs
-    assert inputs.values.shape[1:] == (512,)
+    assert inputs.values.shape[1:] == (8,)
 
 
 def test_given_weights_go_to_the_stages_that_are_there(folder, tmp_path):
