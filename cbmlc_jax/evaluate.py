@@ -96,10 +96,7 @@ def protocols(
         else:
             (curves, used), grid = validation.curves(protocol), validation.grid
         if used != protocol:
-            warnings.append(
-                f"the noise rates r0={validation.rates.r0:.3f}, r1="
-                f"{validation.rates.r1:.3f} leave no information: {protocol} is {used}"
-            )
+            warnings.append(f"{validation.rates.reason}: {protocol} is {used}")
         chosen[protocol] = thresholds.choose(curves, grid)
         scores[protocol] = {
             name: metrics.f1_scores(

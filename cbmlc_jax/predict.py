@@ -101,12 +101,14 @@ def choose_threshold(workdir: str, protocol: str, metric: str) -> float:
     row = rows[-1]
     if protocol == "auto":
         protocol = "corrected_val"
-        rates = thresholds.Rates(row["rates"]["r0"], row["rates"]["r1"])
+        found = row["rates"]
+        doubt = found.get("doubt", "")
+        rates = thresholds.Rates(found["r0"], found["r1"], found["source"], doubt)
         if not rates.usable:
             protocol = "noisy_val"
             warnings.warn(
-                "the noise rates leave no information: the threshold is that of "
-                "noisy_val, which is biased by the noise",
+                f"{rates.reason}: the threshold is that of noisy_val, which is biased "
+                "by the noise",
                 stacklevel=2,
             )
     return row["thresholds"][protocol][metric]

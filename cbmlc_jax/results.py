@@ -35,6 +35,7 @@ def make_row(
     selection: dict,
     epoch: int,
     params: int,
+    rates: thresholds.Rates,
     seconds: dict[str, float],
     command: str,
     device: str,
@@ -56,9 +57,10 @@ def make_row(
         },
         **parts,
         "rates": {
-            "source": task.rates.source,
-            "r0": task.rates.r0,
-            "r1": task.rates.r1,
+            "source": rates.source,
+            "r0": rates.r0,
+            "r1": rates.r1,
+            "doubt": rates.doubt,
         },
         "embeddings": task.embeddings,
         "selection": selection,
@@ -104,6 +106,9 @@ def report(
             f"  realised on {name:<10}  P(0->1) {r['p01']:.4f}   P(1->0) "
             f"{r['p10']:.4f}   entries {r['entries']:.2%}   rows {r['instances']:.1%}"
         )
+    if row["rates"]["source"] == "estimated":
+        r0, r1 = row["rates"]["r0"], row["rates"]["r1"]
+        lines.append(f"  estimated            P(0->1) {r0:.4f}   P(1->0) {r1:.4f}")
     if row["embeddings"]:
         found = row["embeddings"]["coverage"]
         lines.append(

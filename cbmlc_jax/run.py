@@ -12,7 +12,15 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from cbmlc_jax import checkpoints, evaluate, files, results, systems, thresholds
+from cbmlc_jax import (
+    checkpoints,
+    evaluate,
+    files,
+    rates,
+    results,
+    systems,
+    thresholds,
+)
 from cbmlc_jax import config as config_lib
 from cbmlc_jax import task as task_lib
 from cbmlc_jax.data import pipeline
@@ -83,12 +91,15 @@ class Run:
         else:
             scores = self.system.scores(params, task.validation.inputs)
         scores = counted(scores, task.validation)
+        found = task.rates
+        if not self.config.noise.known:
+            found = rates.estimate(scores, task.validation.labels).rates
         return evaluate.Validation(
             scores=scores,
             labels=task.validation.labels,
             clean=task.validation_clean,
             prior=task.prior,
-            rates=task.rates,
+            rates=found,
             labels_are_clean=self.config.noise.validation == "clean",
             grid=thresholds.FINE_GRID if self.out_of_fold else thresholds.GRID,
         )
@@ -139,6 +150,7 @@ class Run:
             },
             epoch=best,
             params=systems.num_params(params),
+            rates=validation.rates,
             seconds={
                 "train": round(training, 2),
                 "eval": round(time.perf_counter() - start, 2),

@@ -36,11 +36,13 @@ class Rates:
         r0: P(0->1), the share of negatives that were turned on.
         r1: P(1->0), the share of positives that were turned off.
         source: "known" (realised by the injector) or "estimated".
+        doubt: why an estimate is not to be used; "" where it is.
     """
 
     r0: float
     r1: float
     source: str = "known"
+    doubt: str = ""
 
     @property
     def information(self) -> float:
@@ -50,7 +52,16 @@ class Rates:
     @property
     def usable(self) -> bool:
         """Whether labels can be corrected with these rates."""
-        return self.information >= LEAST_INFORMATION
+        return not self.doubt and self.information >= LEAST_INFORMATION
+
+    @property
+    def reason(self) -> str:
+        """Why labels cannot be corrected with them, in words."""
+        if self.doubt:
+            return f"the noise rates could not be estimated ({self.doubt})"
+        return (
+            f"the noise rates r0={self.r0:.3f}, r1={self.r1:.3f} leave no information"
+        )
 
 
 def _above(

@@ -252,3 +252,33 @@ def test_every_model_goes_from_config_to_prediction(name, tmp_path):
         np.testing.assert_array_equal(
             params["params"]["label_vectors"], run.task.meta.label_vectors
         )
+
+
+@pytest.mark.parametrize("name", ["logistic_regression", "label_prior"])
+def test_rates_can_be_estimated_from_out_of_fold_scores(name, tmp_path, capsys):
+    """Nothing of the injector's rates is read; scores of no use are not trusted."""
+    changes = {"model.name": name, "noise.known": False, "train.crossfit": 3}
+    changes |= {"noise.kind": "ncar", "logistic_regression.cost": 1.0}
+    config = running.tiny_config(**changes)
+    row = fit.train_and_evaluate(config, str(tmp_path / "run"), "test")
+    assert row["rates"]["source"] == "estimated"
+    known = row["noise"]["realised"]
+    report = capsys.readouterr().out
+    if name == "label_prior":
+        assert row["rates"]["doubt"] and "could not be estimated" in report
+        assert row["thresholds"]["corrected_val"] == row["thresholds"]["noisy_val"]
+        with pytest.warns(UserWarning, match="could not be estimated"):
+            predict.choose_threshold(str(tmp_path / "run"), "auto", "miF1")
+    else:
+        assert not row["rates"]["doubt"] and "estimated  " in report
+        assert row["rates"]["r0"] == pytest.approx(known["p01"], abs=0.01)
+        assert row["rates"]["r1"] == pytest.approx(known["p10"], abs=0.1)
+        assert row["rates"]["r0"] != known["p01"]
+        assert row["metrics"]["corrected_val"] != row["metrics"]["noisy_val"]
+        run_lib.evaluate_checkpoint(str(tmp_path / "run"), None, "test")
+        assert "exactly" in capsys.readouterr().out
+
+
+def test_forward_needs_known_rates():
+    with pytest.raises(config_lib.ConfigError, match="noise.known must be True"):
+        running.tiny_config(**{"loss.name": "forward", "noise.known": False})

@@ -1,0 +1,341 @@
+"""Noise rates from noisy labels and held-out scores, by anchor entries.
+
+Nothing but the noisy labels and out-of-fold scores of a model trained on them is read.
+Two groups of entries (row, label) anchor the rates:
+
+    negatives  the lowest-scored tenth of all entries: r0 = their share of ones
+    positives  the K highest-scored entries:           1 - r1 = their share of ones
+
+The assumption, without which scores cannot identify rates (any posterior below 1 may
+be noise or doubt): the positive anchors are truly positive and lose their ones as
+other positives do.  Where they are not all positive, r1 and the number of clean
+positives come out too high, in proportion.
+
+Where a row never loses its last positive (`noise.keep_one`), an entry's survival
+depends on the row: 1 if it is the row's only positive.  Such rows are recognised by
+the empty rows that are missing, and then r1 is read from entries in whose row another
+label is on, where the flip was free, and the restored ones are added afterwards.
+Under type 3 (one positive stays) no such entry is ever on: rejected.  A mixture of
+kinds over rows is outside the assumption; its estimate is biased.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from cbmlc_jax.thresholds import Rates
+
+# All chosen on bibtex, noise seeds 0-2, and on simulated rows; not on other data.
+LOWEST = 0.1  # share of the entries that anchor r0
+SHARE = 0.1  # K / ones that have another one in their row
+MOST, FEWEST = 400, 100  # bounds of K: deeper is less pure, shallower is less certain
+MISSING = 0.5  # below this share of the expected empty rows, rows were refilled
+# The rule for "unreliable".
+LEAST_INFORMATION = 0.1  # 1 - r0 - r1, before rows are refilled
+LEAST_LIFT = 2.0  # share of ones over that of the anchors' labels, both above r0
+LEAST_NEXT = 0.7  # share of ones of the next 3 K entries over that of the anchors
+MOST_SPREAD = 0.15  # standard error of the positives, over the positives
+# Each label by itself.
+LABEL_SHARE, LABEL_FEWEST = 0.2, 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Rates of the rows that were given, as `noise.realised` would count them.
+
+    Attributes:
+        r0: P(0->1).
+        r1: P(1->0), after the refilling of rows.
+        positives: number of clean positives.
+        r0_per_label, r1_per_label, positives_per_label: [L], each label by itself, from
+            far less pure anchors than r1; NaN where it has too few.
+        r0_spread, r1_spread, positives_spread: standard errors, by the delta method
+            with rows as the independent units; they know of chance, not of anchors
+            that are not positive.
+        anchors: K.
+        refilled: estimated number of rows that got their last positive back.
+        reliable: whether the rule accepts the estimate; where not, use no value of it.
+        reason: why not, in words; "" where it is reliable.
+    """
+
+    r0: float
+    r1: float
+    positives: float
+    r0_per_label: Float[np.ndarray, " labels"]
+    r1_per_label: Float[np.ndarray, " labels"]
+    positives_per_label: Float[np.ndarray, " labels"]
+    r0_spread: float
+    r1_spread: float
+    positives_spread: float
+    anchors: int
+    refilled: float
+    reliable: bool
+    reason: str
+
+    @property
+    def rates(self) -> Rates:
+        """For `thresholds.corrected_curves`; not usable where not reliable."""
+        return Rates(self.r0, self.r1, "estimated", self.reason)
+
+
+def estimate(
+    scores: Float[np.ndarray, "rows labels"], labels: UInt8[np.ndarray, "rows labels"]
+) -> Estimate:
+    """Estimates the rates at which clean labels, unseen, became these labels.
+
+    With K anchors of which h are on, n ones, m of them in rows with another one:
+
+        r0 = mean label of the lowest-scored tenth
+        K  = clip(SHARE (m - its share by r0), FEWEST, MOST)
+        1 - r = h / K                            (refilled rows: see `_survival`)
+        P  = (n - refilled - r0 N L) / (1 - r0 - r)
+        r1 = r - refilled / P
+
+    Only the order of the scores is used.  Entries of equal score at a boundary count
+    in part, so that the order of rows and labels does not matter.
+
+    The estimate is unreliable where (the rule was fixed before the final evaluation)
+    there are no ones, no zeros, or fewer than 4 K entries beside another positive; where
+    1 - r0 - r < LEAST_INFORMATION; where the anchors are not on, by more than two
+    standard errors, LEAST_LIFT times as often as their labels are on average (label
+    priors, random scores); where the next 3 K entries are on less than LEAST_NEXT times
+    as often (no plateau: the anchors are not all positive); or where positives_spread > MOST_SPREAD positives.
+
+    Args:
+        scores: [N, L], of models that did not see the row's labels; finite.
+        labels: [N, L] noisy labels of these rows, 0 or 1.
+
+    Raises:
+        ValueError: shapes that differ, or scores that are not finite.
+    """
+    scores, on = np.asarray(scores), np.asarray(labels) != 0
+    if scores.shape != on.shape or scores.ndim != 2:
+        raise ValueError(
+            f"scores {scores.shape} and labels {on.shape} must both be [rows, labels]"
+        )
+    if not np.isfinite(scores).all():
+        raise ValueError("the scores are not all finite")
+    ones = int(on.sum())
+    if not 0 < ones < on.size:
+        share = ones / max(on.size, 1)
+        return _nothing(on, f"a share of {share:g} of the labels is on")
+    r0, r0_spread = _lowest(scores, on)
+    size = on.sum(1)
+    accompanied = size[:, None] - on >= 1
+    wanted = SHARE * ((on & accompanied).sum() - r0 * accompanied.sum())
+    k = int(np.clip(wanted, FEWEST, MOST))
+    if accompanied.sum() < 4 * k:
+        return _nothing(on, f"fewer than {4 * k} entries beside another positive")
+
+    sizes = np.bincount(size, minlength=2)
+    anchors = _Anchors.take(scores, on, accompanied, k)
+    lost, refilled = _survival(anchors, sizes)
+    if sizes[0] >= MISSING * _empty_rows(sizes, lost):
+        # No row was refilled: all entries will do, and the best of them are purer.
+        anchors = _Anchors.take(scores, on, np.ones_like(on), k)
+        lost, refilled = 1 - anchors.share(), 0.0
+    information = 1 - r0 - lost
+    if information < LEAST_INFORMATION:
+        return _nothing(
+            on,
+            f"1 - r0 - r1 = {information:.3f} beside other positives, less than "
+            f"{LEAST_INFORMATION}",
+        )
+    positives = (ones - refilled - r0 * on.size) / information
+    if not ones / on.size < positives <= on.size:
+        return _nothing(on, f"{positives:.1f} positives of {on.size} entries")
+
+    spread = anchors.spread()
+    relative = np.hypot(spread / information, on.size * r0_spread / (ones - refilled))
+    found = Estimate(
+        r0=r0,
+        r1=max(0.0, lost - refilled / positives),
+        positives=positives,
+        **_per_label(scores, on),
+        r0_spread=r0_spread,
+        r1_spread=spread,
+        positives_spread=positives * relative,
+        anchors=k,
+        refilled=refilled,
+        reliable=True,
+        reason="",
+    )
+    reason = _doubt(found, anchors, on.mean(0), 1 - lost)
+    return dataclasses.replace(found, reliable=not reason, reason=reason)
+
+
+def _nothing(on: np.ndarray, reason: str) -> Estimate:
+    """No estimate at all: labels as they are."""
+    unknown = np.full(on.shape[1], np.nan)
+    nan = float("nan")
+    return Estimate(
+        r0=0.0,
+        r1=0.0,
+        positives=float(on.sum()),
+        r0_per_label=unknown,
+        r1_per_label=unknown.copy(),
+        positives_per_label=unknown.copy(),
+        r0_spread=nan,
+        r1_spread=nan,
+        positives_spread=nan,
+        anchors=0,
+        refilled=0.0,
+        reliable=False,
+        reason=reason,
+    )
+
+
+def _first(values: Float[np.ndarray, " n"], k: int) -> Float[np.ndarray, " n"]:
+    """[n] 1 for the k largest, 0 for the rest; ties at the boundary share their part.
+
+    The sum is k.
+    """
+    cut = np.partition(values, len(values) - k)[len(values) - k]
+    above, tied = values > cut, values == cut
+    return above + tied * ((k - above.sum()) / tied.sum())
+
+
+def _spread(weight: np.ndarray, on: np.ndarray, rows: np.ndarray) -> float:
+    """Standard error of the weighted mean of `on`, all [n], over independent rows."""
+    residual = weight * (on - np.average(on, weights=weight))
+    return float(np.sqrt(np.square(np.bincount(rows, residual)).sum()) / weight.sum())
+
+
+def _lowest(scores: np.ndarray, on: np.ndarray) -> tuple[float, float]:
+    """r0 and its standard error, from the lowest-scored entries of [N, L]."""
+    weight = _first(-scores.ravel(), max(1, int(LOWEST * on.size)))
+    chosen = np.flatnonzero(weight)
+    weight, ones = weight[chosen], on.ravel()[chosen]
+    rows = chosen // on.shape[1]
+    return float(np.average(ones, weights=weight)), _spread(weight, ones, rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Anchors:
+    """The highest-scored of some entries, n >= K of them where scores are tied.
+
+    Attributes:
+        rows, columns: int [n].
+        weight: [n], sum K.
+        on: bool [n].
+        lone: bool [n], off, in a row of exactly one positive.
+        following: mean label of the next 3 K entries.
+    """
+
+    rows: np.ndarray
+    columns: np.ndarray
+    weight: np.ndarray
+    on: np.ndarray
+    lone: np.ndarray
+    following: float
+
+    @classmethod
+    def take(cls, scores, on, allowed, k: int) -> _Anchors:
+        """The k highest scores of [N, L] where `allowed`."""
+        entries = np.flatnonzero(allowed.ravel())
+        values = scores.ravel()[entries]
+        first = _first(values, k)
+        after = _first(values, 4 * k) - first
+        following = np.average(on.ravel()[entries], weights=after)
+        chosen = np.flatnonzero(first)
+        rows, columns = np.divmod(entries[chosen], on.shape[1])
+        lit = on[rows, columns]
+        lone = ~lit & (on.sum(1)[rows] == 1)
+        return cls(rows, columns, first[chosen], lit, lone, float(following))
+
+    def share(self, refilled: float = 0.0) -> float:
+        """Share of ones, where `refilled` of the `lone` anchors do not count."""
+        weight = self.weight * np.where(self.lone, 1 - refilled, 1)
+        return float(weight @ self.on / weight.sum()) if weight.sum() else 0.0
+
+    def spread(self) -> float:
+        """Standard error of `share`."""
+        return _spread(self.weight, self.on, self.rows)
+
+
+def _empty_rows(sizes: np.ndarray, lost: float) -> float:
+    """Rows of clean positives that noise emptied, from the sizes of all others.
+
+    A row of k >= 1 positives that each survive with probability 1 - r (and of any
+    false ones) has a size with generating function G(z), G(-r / (1 - r)) = 0.  Rows
+    that were empty have size 0, or 1 if they were refilled; n_0 is solved for.
+    Above r = 1/2 the series would amplify the noise of the largest sizes.
+    """
+    z = -min(lost, 0.5) / (1 - min(lost, 0.5))
+    powers = z ** np.arange(len(sizes))
+    rest = (sizes[0] + sizes[1]) * z + sizes[2:] @ powers[2:]
+    return float(np.clip(-rest / (1 - z), 0, sizes[0] + sizes[1]))
+
+
+def _survival(anchors: _Anchors, sizes: np.ndarray) -> tuple[float, float]:
+    """P(1->0) before rows are refilled, and the number of refilled rows.
+
+    An anchor that is off beside a single positive may owe this to the refilling of a
+    row that had lost all of its ones: of rows of two positives a share r / (2 - r),
+    and of all rows of size 1 a share refilled / sizes[1].  The smaller share of such
+    anchors does not count; as it depends on r, both are found by iteration.
+    """
+    lost = 1 - anchors.share()
+    refilled = 0.0
+    for _ in range(100):
+        refilled = max(0.0, _empty_rows(sizes, lost) - sizes[0])
+        ignored = min(lost / (2 - lost), refilled / max(sizes[1], 1))
+        lost = 1 - anchors.share(ignored)
+    return lost, refilled
+
+
+def _doubt(
+    found: Estimate, anchors: _Anchors, prior: np.ndarray, survival: float
+) -> str:
+    """The part of the rule that looks at the anchors; "" where it accepts them."""
+    share = anchors.share()
+    lift = share - found.r0 - 2 * anchors.spread()
+    usual = np.average(prior[anchors.columns], weights=anchors.weight) - found.r0
+    if lift < LEAST_LIFT * usual:
+        return (
+            f"the {found.anchors} highest scores are right {share:.3f} of the time, "
+            f"their labels {usual + found.r0:.3f}: the scores tell labels, not rows"
+        )
+    if anchors.following - found.r0 < LEAST_NEXT * (share - found.r0):
+        return (
+            f"the {found.anchors} highest scores are right {share:.3f} of the time, "
+            f"the next {anchors.following:.3f}: no plateau of certain positives"
+        )
+    if found.positives_spread > MOST_SPREAD * found.positives:
+        return (
+            f"{found.positives:.0f} positives with a standard error of "
+            f"{found.positives_spread:.0f}"
+        )
+    return ""
+
+
+def _per_label(scores: np.ndarray, on: np.ndarray) -> dict[str, np.ndarray]:
+    """r0, r1 and positives of each label by itself, from all of its entries.
+
+    r0_l is the mean of the label's lower half, 1 - r1_l that of its K_l highest,
+    K_l = LABEL_SHARE (n_l - r0_l N) >= LABEL_FEWEST; no refilled rows are looked for.
+    """
+    rows, columns = on.shape
+    r0, r1, positives = (np.full(columns, np.nan) for _ in range(3))
+    for l in range(columns):
+        if rows < 2 * FEWEST:
+            break
+        values, lit = scores[:, l], on[:, l]
+        low = np.average(lit, weights=_first(-values, rows // 2))
+        r0[l] = low
+        excess = lit.sum() - low * rows
+        k = int(LABEL_SHARE * excess)
+        if k < LABEL_FEWEST:
+            continue
+        high = np.average(lit, weights=_first(values, k))
+        if high - low >= LEAST_INFORMATION:
+            r1[l] = 1 - high
+            positives[l] = min(excess / (high - low), rows)
+    return {
+        "r0_per_label": r0,
+        "r1_per_label": r1,
+        "positives_per_label": positives,
+    }
