@@ -46,7 +46,7 @@ def base() -> ml_collections.ConfigDict:
     c.noise.keep_one = True  # restore one positive where noise left none
     c.noise.seed = 0  # of the flips
     c.noise.validation = "noisy"  # noisy or clean validation labels
-    c.noise.known = True  # corrected_val: by the realised rates; False: estimated
+    c.noise.known = True  # the realised rates are; False: they are estimated
 
     c.embeddings = ml_collections.ConfigDict()
     c.embeddings.source = "auto"  # auto, dataset, file, package, gensim, random
@@ -428,11 +428,6 @@ def validate(config: ml_collections.ConfigDict) -> None:
         raise ConfigError(
             f"{name} has no trained label embeddings for a context loss: "
             "config.loss.cb_weight must be 0"
-        )
-    if flat["loss.name"] == "forward" and not flat["noise.known"]:
-        raise ConfigError(
-            "config.loss.name=forward needs the noise rates before training: "
-            "config.noise.known must be True"
         )
     if flat["train.crossfit"] == 1:
         raise ConfigError(

@@ -256,8 +256,7 @@ def fit(run: run_lib.Run, store: checkpoints.Checkpoints) -> list[dict]:
     config, task, devices = run.config, run.task, run.system.train_devices
     if config.loss.name == "forward" and not task.rates.usable:
         raise run_lib.RunError(
-            f"the noise rates r0={task.rates.r0:.3f}, r1={task.rates.r1:.3f} leave no "
-            "information to correct: choose another config.loss.name than forward"
+            f"{task.rates.reason}: choose another config.loss.name than forward"
         )
     steps_per_epoch = _steps_per_epoch(run)
     step = devices.compile(

@@ -15,6 +15,7 @@ from cbmlc_jax import files, fit, models, predict, results, train
 from cbmlc_jax import run as run_lib
 from cbmlc_jax import task as task_lib
 from cbmlc_jax.models import baselines
+from cbmlc_jax.models.baselines.label_prior import LabelPrior
 
 
 def estimator_config(name: str, **changes):
@@ -254,21 +255,26 @@ def test_every_model_goes_from_config_to_prediction(name, tmp_path):
         )
 
 
-@pytest.mark.parametrize("name", ["logistic_regression", "label_prior"])
-def test_rates_can_be_estimated_from_out_of_fold_scores(name, tmp_path, capsys):
+@pytest.mark.parametrize("useless", [False, True])
+def test_rates_can_be_estimated(useless, tmp_path, capsys, monkeypatch):
     """Nothing of the injector's rates is read; scores of no use are not trusted."""
-    changes = {"model.name": name, "noise.known": False, "train.crossfit": 3}
+    if useless:
+        monkeypatch.setattr(run_lib, "LogisticRegression", lambda _: LabelPrior())
+    changes = {"model.name": "logistic_regression", "noise.known": False}
     changes |= {"noise.kind": "ncar", "logistic_regression.cost": 1.0}
     config = running.tiny_config(**changes)
     row = fit.train_and_evaluate(config, str(tmp_path / "run"), "test")
     assert row["rates"]["source"] == "estimated"
     known = row["noise"]["realised"]
     report = capsys.readouterr().out
-    if name == "label_prior":
+    if useless:
         assert row["rates"]["doubt"] and "could not be estimated" in report
         assert row["thresholds"]["corrected_val"] == row["thresholds"]["noisy_val"]
         with pytest.warns(UserWarning, match="could not be estimated"):
             predict.choose_threshold(str(tmp_path / "run"), "auto", "miF1")
+        forward = running.tiny_config(**{"loss.name": "forward", "noise.known": False})
+        with pytest.raises(run_lib.RunError, match="not be estimated .* than forward"):
+            fit.train_and_evaluate(forward, str(tmp_path / "forward"), "test")
     else:
         assert not row["rates"]["doubt"] and "estimated  " in report
         assert row["rates"]["r0"] == pytest.approx(known["p01"], abs=0.01)
@@ -277,8 +283,6 @@ def test_rates_can_be_estimated_from_out_of_fold_scores(name, tmp_path, capsys):
         assert row["metrics"]["corrected_val"] != row["metrics"]["noisy_val"]
         run_lib.evaluate_checkpoint(str(tmp_path / "run"), None, "test")
         assert "exactly" in capsys.readouterr().out
-
-
-def test_forward_needs_known_rates():
-    with pytest.raises(config_lib.ConfigError, match="noise.known must be True"):
-        running.tiny_config(**{"loss.name": "forward", "noise.known": False})
+        task = run_lib.Run(config, "").task
+        fold = task_lib.fold(config, task, np.arange(100))
+        assert fold.rates == task.rates
