@@ -12,6 +12,15 @@ import os
 import ml_collections
 from ml_collections.config_dict import FieldReference, placeholder
 
+from cbmlc_jax.limits import (
+    CHOICES,
+    ENCODERS_OF,
+    NETWORKS,
+    PUBLISHED,
+    RANGES,
+    TOKENS,
+)
+
 
 class ConfigError(ValueError):
     """A setting that the user has to change; the message says how."""
@@ -153,173 +162,6 @@ def base() -> ml_collections.ConfigDict:
     return c.lock()
 
 
-_TOKENS = ("set", "sequence")
-_NETWORKS = (
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet101",
-    "efficientnet_lite0",
-    "efficientnet_lite1",
-    "efficientnet_lite2",
-)
-# Data set -> encoders that read its inputs: sets or sequences of tokens, real numbers,
-# images.
-ENCODERS_OF = {
-    "synthetic": _TOKENS,
-    "bibtex": _TOKENS,
-    "delicious": _TOKENS,
-    "reuters": _TOKENS,
-    "rcv1": _TOKENS,
-    "emotions": ("dense",),
-    "voc": _NETWORKS,
-}
-# Key -> allowed values.
-CHOICES = {
-    "data.name": tuple(ENCODERS_OF),
-    "data.difficult": ("positive", "ignore", "negative"),
-    "noise.kind": ("none", "ncar", "nar", "single_positive", "combined"),
-    "noise.rates": ("fixed", "uniform"),
-    "noise.validation": ("noisy", "clean"),
-    "embeddings.source": ("auto", "dataset", "file", "package", "gensim", "random"),
-    "model.name": (
-        "cbmlc",
-        "lamp",
-        "ml_gcn",
-        "mpvae",
-        "resnet_asl",
-        "resnet_bce",
-        "seq2seq",
-        "label_prior",
-        "logistic_regression",
-        "lr_knn",
-        "mlknn",
-        "sleec",
-    ),
-    "model.encoder.name": (*_TOKENS, "dense", *_NETWORKS),
-    "model.label_graph": ("complete", "self", "cooccurrence", "file", "correlation"),
-    "loss.name": ("asl", "bce", "hill", "splc", "large_loss", "forward"),
-    "loss.reduction": ("sum", "mean"),
-    "loss.cb_norm": ("squared", "frobenius"),
-    "optim.name": ("adam", "sgd"),
-    "train.selection": ("corrected_val", "noisy_val", "clean_val", "last"),
-}
-# Key -> (lowest, highest) value, both allowed.
-RANGES = {
-    "data.validation_fraction": (0.0, 0.9),
-    "data.validation_size": (1, None),
-    "data.length_buckets": (1, None),
-    "data.side": (32, 2048),
-    "data.workers": (0, 64),
-    "noise.rate": (0.0, 1.0),
-    "model.num_blocks": (1, None),
-    "model.width": (1, None),
-    "model.num_heads": (1, None),
-    "model.ffn_width": (1, None),
-    "model.dropout": (0.0, 0.95),
-    "model.intermediate_weight": (0.0, None),
-    "model.encoder.layers": (0, None),
-    "model.encoder.embedding_std": (0.0, None),
-    "model.encoder.frozen_stages": (0, None),
-    "loss.gamma_pos": (0.0, None),
-    "loss.gamma_neg": (0.0, None),
-    "loss.margin": (0.0, 0.99),
-    "loss.cb_weight": (0.0, None),
-    "loss.hill_weight": (1.0, None),
-    "loss.splc_threshold": (0.0, 1.0),
-    "loss.positive_margin": (0.0, None),
-    "loss.positive_gamma": (0.0, None),
-    "loss.rejected_per_epoch": (0.0, 1.0),
-    "optim.learning_rate": (0.0, None),
-    "optim.weight_decay": (0.0, None),
-    "optim.beta2": (0.0, 0.99999),
-    "optim.clip_norm": (0.0, None),
-    "optim.backbone_rate": (0.0, None),
-    "optim.decay": (0.0, 1.0),
-    "optim.decay_times": (0, None),
-    "train.num_epochs": (1, None),
-    "train.batch_size": (1, None),
-    "train.eval_every": (1, None),
-    "train.checkpoint_every": (1, None),
-    "train.keep": (1, None),
-    "train.patience": (0, None),
-    "train.num_devices": (1, None),
-    "train.crossfit": (0, 100),
-    "logistic_regression.cost": (1e-6, 1e6),
-    "lr_knn.neighbours": (1, None),
-    "lr_knn.vote": (0.0, 1.0),
-    "mlknn.neighbours": (1, None),
-    "mlknn.smoothing": (0.0, None),
-    "sleec.learners": (1, None),
-    "sleec.clusters": (1, None),
-    "sleec.svp_neighbours": (1, None),
-    "sleec.dimension": (1, None),
-    "sleec.neighbours": (1, None),
-    "ml_gcn.hidden": (1, None),
-    "ml_gcn.width": (1, None),
-    "ml_gcn.threshold": (0.0, 1.0),
-    "ml_gcn.weight": (0.0, 1.0),
-    "mpvae.latent_width": (1, None),
-    "mpvae.samples": (1, None),
-    "mpvae.dropout": (0.0, 0.95),
-    "seq2seq.encoder_width": (1, None),
-    "seq2seq.decoder_width": (1, None),
-    "seq2seq.label_width": (1, None),
-    "seq2seq.token_width": (1, None),
-    "seq2seq.word_dropout": (0.0, 0.95),
-    "seq2seq.dropout": (0.0, 0.95),
-    "seq2seq.beam": (1, None),
-    "eval.batch_size": (1, None),
-}
-# Model -> the settings of its authors (sources in experiments/README.md).  They stand
-# over the config file, and the command line over them.
-PUBLISHED = {
-    "lamp": {
-        "model.width": 512,
-        "model.ffn_width": 512,
-        "model.label_graph": "cooccurrence",
-        "model.encoder.self_attention": False,
-        "embeddings.source": "random",
-        "loss.name": "bce",
-        "loss.reduction": "mean",
-        "loss.cb_weight": 0.0,
-        "optim.weight_decay": 0.0,
-        "optim.beta2": 0.98,
-    },
-    # The authors' optimizer; their backbone is ResNet-101, ours any encoder.
-    "ml_gcn": {
-        "model.label_graph": "correlation",
-        "loss.name": "bce",
-        "loss.reduction": "mean",
-        "loss.cb_weight": 0.0,
-        "optim.name": "sgd",
-        "optim.learning_rate": 0.1,
-        "optim.weight_decay": 1e-4,
-        "optim.clip_norm": 10.0,
-        "optim.backbone_rate": 0.1,
-        "train.batch_size": 16,
-        "train.num_epochs": 20,
-    },
-    "mpvae": {
-        "loss.reduction": "mean",
-        "loss.cb_weight": 0.0,
-        "optim.learning_rate": 2.5e-4,
-        "optim.decay": 0.8,
-        "optim.decay_times": 4,
-        "train.batch_size": 128,
-        "train.num_epochs": 200,
-    },
-    "mpvae/delicious": {"mpvae.samples": 5, "optim.learning_rate": 5e-4},
-    "resnet_asl": {"loss.name": "asl", "loss.cb_weight": 0.0},
-    "resnet_bce": {"loss.name": "bce", "loss.cb_weight": 0.0},
-    "seq2seq": {
-        "loss.reduction": "mean",
-        "loss.cb_weight": 0.0,
-        "optim.weight_decay": 0.0,
-        "optim.clip_norm": 1.0,
-        "train.batch_size": 64,
-    },
-}
 # Keys that change where or how loudly a run happens, not what comes out of it.
 INCIDENTAL = (
     "data.cache_dir",
@@ -444,10 +286,10 @@ def _check_encoder(flat: dict[str, object]) -> None:
             f"config.model.encoder.name={encoder} does not read {data}: choose one of "
             + ", ".join(ENCODERS_OF[data])
         )
-    image = encoder in _NETWORKS
+    image = encoder in NETWORKS
     if name in ("resnet_asl", "resnet_bce") and not image:
         raise ConfigError(f"config.model.name={name} is for images, not for {data}")
-    reads = {"mpvae": (*_TOKENS, "dense"), "seq2seq": _TOKENS}.get(name, (encoder,))
+    reads = {"mpvae": (*TOKENS, "dense"), "seq2seq": TOKENS}.get(name, (encoder,))
     if encoder not in reads:
         raise ConfigError(f"config.model.name={name} does not read {data}")
     if image and not flat["model.encoder.weights"]:

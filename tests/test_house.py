@@ -11,8 +11,9 @@ import pytest
 import running
 
 PACKAGE = running.ROOT / "cbmlc_jax"
-PURE = {"rngs": set(), "losses": set(), "metrics": set(), "config": set()}
+PURE = {"rngs": set(), "losses": set(), "metrics": set(), "limits": set()}
 ALLOWED = PURE | {
+    "config": {"limits"},
     "noise": {"rngs"},
     "embeddings": {"rngs"},
     "thresholds": {"metrics"},
