@@ -7,18 +7,21 @@ import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import running
 import test_backbones
 from PIL import Image
 
-from cbmlc_jax import backbones, config, fit, models, predict, systems
+from cbmlc_jax import backbones, config, fit, losses, models, predict, rngs, systems
 from cbmlc_jax import run as run_lib
 from cbmlc_jax import task as task_lib
 from cbmlc_jax.data import voc
 from cbmlc_jax.data.dataset import DataError
-from cbmlc_jax.models import resnet
+from cbmlc_jax.models import ImageEncoder, resnet
+from cbmlc_jax.models.baselines.pooled_linear import PooledLinear
 
 SIDE = 32
 CHANGES = {
@@ -244,3 +247,37 @@ def test_encoder_and_data_must_go_together():
         running.tiny_config(**{**CHANGES, "model.name": "seq2seq"})
     with pytest.raises(config.ConfigError, match="resnet_asl is for images"):
         running.tiny_config(**{"model.name": "resnet_asl", "loss.cb_weight": 0.0})
+
+
+def test_learns_what_a_picture_shows():
+    """Label l holds where channel l is bright, under noise of the pixels."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, (96, 3)).astype(np.float32)
+    pixels = 60 + 120 * labels[:, None, None, :] + rng.normal(0, 30, (96, 32, 32, 3))
+    pictures = np.clip(pixels, 0, 255).astype(np.uint8)
+    encoder = ImageEncoder(Small(18), width=None)
+    model = PooledLinear(encoder, 3)
+    variables = jax.jit(model.init)(rngs.stream(0, "params"), {"images": pictures[:2]})
+    tx = optax.adam(1e-2)
+
+    @jax.jit
+    def step(variables, state):
+        def objective(params):
+            out, changed = model.apply(
+                {**variables, "params": params},
+                {"images": pictures[:64]},
+                rows=jnp.arange(64, dtype=jnp.uint32),
+                mutable=["batch_stats"],
+            )
+            return losses.bce(out.logits, labels[:64]).mean(), changed
+
+        slopes, changed = jax.grad(objective, has_aux=True)(variables["params"])
+        updates, state = tx.update(slopes, state)
+        params = optax.apply_updates(variables["params"], updates)
+        return {"params": params, **changed}, state
+
+    state = tx.init(variables["params"])
+    for _ in range(25):
+        variables, state = step(variables, state)
+    logits = jax.jit(model.apply)(variables, {"images": pictures[64:]}).logits
+    assert np.mean((np.asarray(logits) > 0) == labels[64:]) > 0.97
