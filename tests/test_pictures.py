@@ -277,7 +277,7 @@ def test_learns_what_a_picture_shows():
         return {"params": params, **changed}, state
 
     state = tx.init(variables["params"])
-    for _ in range(25):
+    for _ in range(60):
         variables, state = step(variables, state)
     logits = jax.jit(model.apply)(variables, {"images": pictures[64:]}).logits
     assert np.mean((np.asarray(logits) > 0) == labels[64:]) > 0.97
