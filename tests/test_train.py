@@ -376,7 +376,9 @@ def test_forward_correction_without_information_is_refused(tmp_path):
     config = running.tiny_config(
         **{"loss.name": "forward", "noise.kind": "ncar", "noise.rate": 0.5}
     )
-    with pytest.raises(run_lib.RunError, match=r"r0=0\.4.* no information to correct"):
+    with pytest.raises(
+        run_lib.RunError, match=r"r0=0\.4.* no information: choose .* than forward"
+    ):
         fit.train_and_evaluate(config, str(tmp_path / "run"), "test")
 
 
