@@ -22,6 +22,7 @@ kinds over rows is outside the assumption; its estimate is biased.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -33,6 +34,7 @@ LOWEST = 0.1  # share of the entries that anchor r0
 SHARE = 0.1  # K / ones that have another one in their row
 MOST, FEWEST = 400, 100  # bounds of K: deeper is less pure, shallower is less certain
 MISSING = 0.5  # below this share of the expected empty rows, rows were refilled
+STEPS = 100  # of the iteration for refilled rows, at most
 # The rule for "unreliable".
 LEAST_INFORMATION = 0.1  # 1 - r0 - r1, before rows are refilled
 LEAST_LIFT = 2.0  # share of ones over that of the anchors' labels, both above r0
@@ -97,12 +99,18 @@ def estimate(
     Only the order of the scores is used.  Entries of equal score at a boundary count
     in part, so that the order of rows and labels does not matter.
 
-    The estimate is unreliable where (the rule was fixed before the final evaluation)
-    there are no ones, no zeros, or fewer than 4 K entries beside another positive; where
-    1 - r0 - r < LEAST_INFORMATION; where the anchors are not on, by more than two
-    standard errors, LEAST_LIFT times as often as their labels are on average (label
-    priors, random scores); where the next 3 K entries are on less than LEAST_NEXT times
-    as often (no plateau: the anchors are not all positive); or where positives_spread > MOST_SPREAD positives.
+    The estimate is unreliable (a rule that was fixed before it met other data) where
+
+        there are no ones, no zeros, or fewer than 4 K entries beside another positive;
+        1 - r0 - r < LEAST_INFORMATION;
+        the anchors are not on, by two standard errors, LEAST_LIFT times as often as
+            their labels are on average: label priors, random scores;
+        the next 3 K entries are on less than LEAST_NEXT times as often: no plateau,
+            so that the anchors are not all positive either;
+        positives_spread > MOST_SPREAD positives.
+
+    It is a mild one, because a wrong P moves the best thresholds far less than labels
+    that are not corrected: anchors of which a fifth is not positive can pass.
 
     Args:
         scores: [N, L], of models that did not see the row's labels; finite.
@@ -149,21 +157,21 @@ def estimate(
         return _nothing(on, f"{positives:.1f} positives of {on.size} entries")
 
     spread = anchors.spread()
-    relative = np.hypot(spread / information, on.size * r0_spread / (ones - refilled))
+    relative = np.hypot(spread, on.size * r0_spread / positives) / information
     found = Estimate(
         r0=r0,
-        r1=max(0.0, lost - refilled / positives),
-        positives=positives,
+        r1=float(max(0.0, lost - refilled / positives)),
+        positives=float(positives),
         **_per_label(scores, on),
         r0_spread=r0_spread,
         r1_spread=spread,
-        positives_spread=positives * relative,
+        positives_spread=float(positives * relative),
         anchors=k,
         refilled=refilled,
         reliable=True,
         reason="",
     )
-    reason = _doubt(found, anchors, on.mean(0), 1 - lost)
+    reason = _doubt(found, anchors, on.mean(0))
     return dataclasses.replace(found, reliable=not reason, reason=reason)
 
 
@@ -246,10 +254,17 @@ class _Anchors:
         lone = ~lit & (on.sum(1)[rows] == 1)
         return cls(rows, columns, first[chosen], lit, lone, float(following))
 
+    @functools.cached_property
+    def _sums(self) -> tuple[float, float, float]:
+        """Weight of all, of those that are on and of the `lone`."""
+        weight = self.weight
+        return weight.sum(), weight[self.on].sum(), weight[self.lone].sum()
+
     def share(self, refilled: float = 0.0) -> float:
         """Share of ones, where `refilled` of the `lone` anchors do not count."""
-        weight = self.weight * np.where(self.lone, 1 - refilled, 1)
-        return float(weight @ self.on / weight.sum()) if weight.sum() else 0.0
+        everything, on, lone = self._sums
+        counted = everything - refilled * lone
+        return float(on / counted) if counted > 0 else 0.0
 
     def spread(self) -> float:
         """Standard error of `share`."""
@@ -278,18 +293,19 @@ def _survival(anchors: _Anchors, sizes: np.ndarray) -> tuple[float, float]:
     and of all rows of size 1 a share refilled / sizes[1].  The smaller share of such
     anchors does not count; as it depends on r, both are found by iteration.
     """
-    lost = 1 - anchors.share()
-    refilled = 0.0
-    for _ in range(100):
+    lost, refilled = 1 - anchors.share(), 0.0
+    for _ in range(STEPS):
+        before = lost
         refilled = max(0.0, _empty_rows(sizes, lost) - sizes[0])
         ignored = min(lost / (2 - lost), refilled / max(sizes[1], 1))
-        lost = 1 - anchors.share(ignored)
+        # Halfway: the more was lost, the more is ignored, so that full steps may swing.
+        lost = (lost + 1 - anchors.share(ignored)) / 2
+        if abs(lost - before) < 1e-9:
+            break
     return lost, refilled
 
 
-def _doubt(
-    found: Estimate, anchors: _Anchors, prior: np.ndarray, survival: float
-) -> str:
+def _doubt(found: Estimate, anchors: _Anchors, prior: np.ndarray) -> str:
     """The part of the rule that looks at the anchors; "" where it accepts them."""
     share = anchors.share()
     lift = share - found.r0 - 2 * anchors.spread()
