@@ -75,6 +75,11 @@ def test_the_rates_of_independent_flips_are_found(kind, refill):
     assert abs(found.positives / clean.sum() - 1) <= 0.15
     assert abs(found.r1 - true1) <= 0.08
     assert abs(found.r0 - true0) <= 0.001 + 3 * found.r0_spread
+    # What these rates would make of so many positives is what was seen.
+    expected = found.positives * (1 - found.r1)
+    expected += found.r0 * (noisy.size - found.positives)
+    if found.r1:
+        assert expected == pytest.approx(noisy.sum())
 
 
 def test_refilled_rows_are_told_from_rows_that_kept_a_label():
@@ -86,6 +91,17 @@ def test_refilled_rows_are_told_from_rows_that_kept_a_label():
     emptied = (raw.sum(1) == 0).sum()
     assert found.refilled == pytest.approx(emptied, rel=0.15)
     assert rates.estimate(scores, raw).refilled == 0
+
+
+def test_anchors_in_refilled_rows_do_not_raise_the_rate():
+    """An anchor that is off beside the one label that a row got back was not free."""
+    errors = []
+    for seed in range(8):
+        scores, clean, noisy = simulate(0.0, 0.5, refill=True, seed=seed)
+        errors.append(
+            rates.estimate(scores, noisy).r1 - realised(clean, noisy)[1],
+        )
+    assert abs(np.mean(errors)) < 0.03
 
 
 def test_the_spread_is_that_over_draws():
@@ -210,6 +226,17 @@ def test_one_positive_of_each_row_is_rejected():
     found = rates.estimate(scores, noisy)
     assert not found.reliable
     assert "1 - r0 - r1" in found.reason
+    assert not found.rates.usable
+    assert found.reason in found.rates.reason
+
+
+def test_an_estimate_that_chance_could_move_far_is_rejected():
+    """Few positives among many false ones: an error of r0 moves all of them."""
+    scores, clean, noisy = simulate(0.2, 0.2, rows=400)
+    found = rates.estimate(scores, noisy)
+    assert not found.reliable
+    assert "standard error" in found.reason
+    assert found.positives_spread > 0.15 * found.positives
 
 
 @pytest.mark.parametrize("r0, r1", [(0.5, 0.5), (0.3, 0.68), (0.0, 0.97), (0.5, 0.47)])
