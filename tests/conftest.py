@@ -33,6 +33,23 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("cbmlc_jax")
 
 
+@pytest.fixture
+def pictures(tmp_path):
+    """Seven images of noise, each of its own size, as inputs of side 32."""
+    import numpy as np
+    from PIL import Image
+
+    from cbmlc_jax.data.images import Images
+
+    rng = np.random.default_rng(0)
+    paths = []
+    for i in range(7):
+        pixels = rng.integers(0, 256, (40 + i, 60, 3), dtype=np.uint8)
+        paths.append(str(tmp_path / f"{i}.png"))
+        Image.fromarray(pixels).save(paths[-1])
+    return Images(tuple(paths), 32)
+
+
 @pytest.fixture(scope="session")
 def data_dir() -> pathlib.Path:
     """The folder with the real data sets; tests that want it skip without it."""

@@ -12,24 +12,11 @@ import time
 import numpy as np
 import pytest
 import running
-from PIL import Image
 
 from cbmlc_jax.data import feed as feed_lib
 from cbmlc_jax.data import pipeline
 from cbmlc_jax.data.dataset import DataError, Split
 from cbmlc_jax.data.feed import feed
-from cbmlc_jax.data.images import Images
-
-
-@pytest.fixture
-def pictures(tmp_path) -> Images:
-    rng = np.random.default_rng(0)
-    paths = []
-    for i in range(7):
-        pixels = rng.integers(0, 256, (40 + i, 60, 3), dtype=np.uint8)
-        paths.append(str(tmp_path / f"{i}.png"))
-        Image.fromarray(pixels).save(paths[-1])
-    return Images(tuple(paths), 32)
 
 
 def epochs(pictures) -> pipeline.Epochs:

@@ -23,18 +23,6 @@ from cbmlc_jax.data.images import Images, multi_scale_crop
 BILINEAR = Image.Resampling.BILINEAR
 
 
-@pytest.fixture
-def pictures(tmp_path) -> Images:
-    """Seven images of noise, each of its own size."""
-    rng = np.random.default_rng(0)
-    paths = []
-    for i in range(7):
-        pixels = rng.integers(0, 256, (40 + i, 60, 3), dtype=np.uint8)
-        paths.append(str(tmp_path / f"{i}.png"))
-        Image.fromarray(pixels).save(paths[-1])
-    return Images(tuple(paths), 32)
-
-
 def jpeg(width=64, height=48) -> bytes:
     buffer = io.BytesIO()
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
