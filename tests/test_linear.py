@@ -103,3 +103,16 @@ def test_matrices_survive_being_packed():
         again = estimator.unpack(estimator.pack(matrix))
         assert type(again) is type(matrix)
         assert (again != matrix).sum() == 0
+
+
+def test_weights_are_left_as_they_are():
+    """Counts become tf-idf; weights, which are tf-idf already, only unit rows."""
+    weights = scipy.sparse.csr_array(np.array([[0.5, 0, 1], [0.25, 0.5, 0]]))
+    scale = linear.fit_scale(weights)
+    found = linear.rescale(scale, weights).toarray()
+    expected = weights.toarray()
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(found, expected)
+    counts = scipy.sparse.csr_array(np.array([[1.0, 0, 1], [1, 2, 0]]))
+    scale = linear.fit_scale(counts)
+    np.testing.assert_allclose(scale["idf"], 1 + np.log([3 / 3, 3 / 2, 3 / 2]))

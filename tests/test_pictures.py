@@ -15,7 +15,19 @@ import running
 import test_backbones
 from PIL import Image
 
-from cbmlc_jax import backbones, config, fit, losses, models, predict, rngs, systems
+from cbmlc_jax import (
+    backbones,
+    config,
+    fit,
+    losses,
+    models,
+    parallel,
+    predict,
+    rngs,
+    systems,
+    thresholds,
+    train,
+)
 from cbmlc_jax import run as run_lib
 from cbmlc_jax import task as task_lib
 from cbmlc_jax.data import voc
@@ -281,3 +293,50 @@ def test_learns_what_a_picture_shows():
         variables, state = step(variables, state)
     logits = jax.jit(model.apply)(variables, {"images": pictures[64:]}).logits
     assert np.mean((np.asarray(logits) > 0) == labels[64:]) > 0.97
+
+
+def test_running_averages_are_the_mean_over_devices(folder):
+    """Each device normalises its share of the batch; all keep the mean of both."""
+    config_ = settings(folder)
+    meta = running.meta(0, np.zeros((20, 1), np.float32))
+    meta = dataclasses.replace(meta, inputs={"images": ((SIDE, SIDE, 3), "uint8")})
+    model = models.create_model(config_, meta)
+    variables = systems.init_variables(model, 0, meta)
+    rng = np.random.default_rng(0)
+    batch = {
+        "images": rng.integers(0, 256, (4, SIDE, SIDE, 3), dtype=np.uint8),
+        "labels": rng.integers(0, 2, (4, 20)).astype(np.uint8),
+        "mask": np.ones(4, bool),
+        "rows": np.arange(4, dtype=np.uint32),
+    }
+    batch["images"][2:] //= 4  # the second device's share is another one
+    tx = train.make_tx(config_, steps_per_epoch=1)
+    devices = parallel.Devices(tuple(jax.devices()[:2]))
+    none = thresholds.Rates(0.0, 0.0)
+    step = devices.compile(
+        train.make_train_step(
+            model, config_, tx, devices.axis, steps_per_epoch=1, rates=none
+        )
+    )
+    params, stats = variables["params"], variables["batch_stats"]
+    state = train.TrainState(jnp.zeros((), jnp.int32), params, stats, tx.init(params))
+    constants = {"graph": None, "word_vectors": np.zeros((20, 1), np.float32)}
+    after, _ = step(devices.replicate(state), devices.shard(batch), constants)
+
+    @jax.jit
+    def seen(images):
+        rows = jnp.arange(2, dtype=jnp.uint32)
+        inputs = {"images": images}
+        return model.apply(variables, inputs, rows=rows, mutable=["batch_stats"])[1]
+
+    first, second = (seen(batch["images"][i : i + 2])["batch_stats"] for i in (0, 2))
+    expected = jax.tree.map(lambda a, b: (a + b) / 2, first, second)
+    for device in (0, 1):
+        found = jax.tree.map(lambda x, d=device: np.asarray(x[d]), after.stats)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+            found,
+            expected,
+        )
+    differ = jax.tree.map(lambda a, b: not np.allclose(a, b), first, second)
+    assert any(jax.tree.leaves(differ))
