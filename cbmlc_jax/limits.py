@@ -51,6 +51,7 @@ CHOICES = {
     "loss.reduction": ("sum", "mean"),
     "loss.cb_norm": ("squared", "frobenius"),
     "optim.name": ("adam", "sgd"),
+    "train.matmul_precision": ("float32", "bfloat16"),
     "train.selection": ("corrected_val", "noisy_val", "clean_val", "last"),
 }
 # Key -> (lowest, highest) value, both allowed.

@@ -37,9 +37,9 @@ class Neural:
     """
 
     def __init__(self, config, meta: models.Meta, widths: list[int], graph):
-        limit = config.train.num_devices
-        self.train_devices = Devices.local(config.train.batch_size, limit)
-        self._devices = Devices.local(config.eval.batch_size, limit)
+        limit, precision = config.train.num_devices, config.train.matmul_precision
+        self.train_devices = Devices.local(config.train.batch_size, limit, precision)
+        self._devices = Devices.local(config.eval.batch_size, limit, precision)
         self._batch_size, self._widths = config.eval.batch_size, widths
         self._workers = config.data.workers
         self._graph, self._seed, self._meta = graph, config.seed, meta

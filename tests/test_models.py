@@ -14,7 +14,7 @@ import running
 
 from cbmlc_jax import config as config_lib
 from cbmlc_jax import losses, models, optim, rngs, thresholds, train
-from cbmlc_jax.models import encoders, layers
+from cbmlc_jax.models import encoders, layers, ops
 from cbmlc_jax.models.decoder import LabelGraphDecoder
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "cbmlc.npz"
@@ -64,7 +64,8 @@ def model_of(case: dict[str, np.ndarray]):
         ),
     )
     vectors = np.zeros((labels, width_in))
-    config = SimpleNamespace(model=settings)
+    train = SimpleNamespace(matmul_precision="float32")
+    config = SimpleNamespace(model=settings, train=train)
     return models.create_model(config, running.meta(features, vectors))
 
 
@@ -313,13 +314,17 @@ def test_full_size_parameter_count_on_bibtex():
     assert sum(x.size for x in jax.tree.leaves(shapes)) == expected == 4_978_800
 
 
+def keep_mask(key, rows, shape, rate):
+    return ops.keep_mask(jax.random.key_data(key), rows, shape, rate)
+
+
 def test_dropout_masks_follow_the_key_and_the_row():
     key = rngs.stream(0, "dropout", 1)
     rows = jnp.arange(8, dtype=jnp.uint32)
-    mask = layers.keep_mask(key, rows, (8, 50, 40), 0.3)
-    part = layers.keep_mask(key, rows[4:], (4, 50, 40), 0.3)
+    mask = keep_mask(key, rows, (8, 50, 40), 0.3)
+    part = keep_mask(key, rows[4:], (4, 50, 40), 0.3)
     np.testing.assert_array_equal(mask[4:], part)
-    other = layers.keep_mask(rngs.stream(0, "dropout", 2), rows, (8, 50, 40), 0.3)
+    other = keep_mask(rngs.stream(0, "dropout", 2), rows, (8, 50, 40), 0.3)
     assert 0.5 < np.mean(mask == other) < 0.66  # .58 where independent
     assert 0.5 < np.mean(mask[0] == mask[1]) < 0.66
 
@@ -327,9 +332,7 @@ def test_dropout_masks_follow_the_key_and_the_row():
 @pytest.mark.parametrize("rate", [0.1, 0.2, 0.5, 0.9])
 def test_dropout_rate_and_independence(rate):
     rows = jnp.arange(64, dtype=jnp.uint32)
-    mask = np.asarray(
-        layers.keep_mask(rngs.stream(1, "dropout"), rows, (64, 4, 32, 32), rate)
-    )
+    mask = np.asarray(keep_mask(rngs.stream(1, "dropout"), rows, (64, 4, 32, 32), rate))
     n = mask.size
     sigma = (rate * (1 - rate)) ** 0.5
     assert abs(mask.mean() - (1 - rate)) < 5 * sigma / n**0.5

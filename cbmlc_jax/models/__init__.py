@@ -33,6 +33,8 @@ __all__ = [
     "create_model",
 ]
 
+# config.train.matmul_precision -> `dtype` of `ops`.
+PRECISIONS = {"float32": None, "bfloat16": jnp.bfloat16}
 # The arrays of a batch that an encoder reads.
 INPUTS = ("tokens", "weights", "features", "images")
 
@@ -75,6 +77,7 @@ def _token_encoder(config, meta: Meta) -> nn.Module:
         self_attention=settings.encoder.self_attention,
         embedding_std=settings.encoder.embedding_std,
         positions=settings.encoder.name == "sequence",
+        dtype=PRECISIONS[config.train.matmul_precision],
     )
 
 
@@ -145,6 +148,7 @@ def _cbmlc(config, meta: Meta) -> nn.Module:
             ffn_width=settings.ffn_width,
             dropout=settings.dropout,
             embedding_init=lambda key, shape: jnp.asarray(vectors).reshape(shape),
+            dtype=PRECISIONS[config.train.matmul_precision],
         ),
         tied=settings.readout_tying,
         intermediate=settings.intermediate_weight > 0,

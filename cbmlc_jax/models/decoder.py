@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, UInt32
+from jaxtyping import Array, Bool, DTypeLike, Float, UInt32
 
+from cbmlc_jax.models import ops
 from cbmlc_jax.models.layers import MessageBlock
 
 
@@ -21,6 +23,7 @@ class LabelGraphDecoder(nn.Module):
         num_blocks: T; every block updates each node twice.
         num_heads, ffn_width, dropout: as `MessageBlock`.
         embedding_init: (key, [L, P]) -> initial e, the word vectors of the labels.
+        dtype: of the operands of matrix products or None, see `ops`.
     """
 
     num_labels: int
@@ -31,6 +34,7 @@ class LabelGraphDecoder(nn.Module):
     ffn_width: int
     dropout: float = 0.0
     embedding_init: Callable = nn.initializers.normal(1.0)
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(
@@ -65,7 +69,11 @@ class LabelGraphDecoder(nn.Module):
         label_mask = None if graph is None else graph[None, None]
         for i in range(self.num_blocks):
             block = _DecoderBlock(
-                self.num_heads, self.ffn_width, self.dropout, name=f"block_{i}"
+                self.num_heads,
+                self.ffn_width,
+                self.dropout,
+                self.dtype,
+                name=f"block_{i}",
             )
             states += block(nodes, memory, input_mask, label_mask, rows)
             nodes = states[-1]
@@ -78,12 +86,19 @@ class _DecoderBlock(nn.Module):
     num_heads: int
     ffn_width: int
     dropout: float
+    dtype: DTypeLike | None
 
     @nn.compact
     def __call__(self, nodes, memory, input_mask, label_mask, rows):
-        sizes = (self.num_heads, self.ffn_width, self.dropout)
-        told = MessageBlock(*sizes, name="cross")(nodes, memory, input_mask, rows)
-        agreed = MessageBlock(*sizes, name="self")(told, told, label_mask, rows)
+        block = functools.partial(
+            MessageBlock,
+            self.num_heads,
+            self.ffn_width,
+            self.dropout,
+            dtype=self.dtype,
+        )
+        told = block(name="cross")(nodes, memory, input_mask, rows)
+        agreed = block(name="self")(told, told, label_mask, rows)
         return [told, agreed]
 
 
@@ -91,4 +106,4 @@ def readout(
     nodes: Float[Array, "batch labels width"], weights: Float[Array, "labels width"]
 ) -> Float[Array, "batch labels"]:
     """logit_l = W_l . v_l (paper eq. 10); never B x L x L."""
-    return jnp.sum(nodes * weights[None], axis=-1)
+    return jnp.sum(nodes * ops.repeat(weights, len(nodes)), axis=-1)

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, UInt32
+from jaxtyping import Array, Bool, DTypeLike, Float, UInt32
 
 from cbmlc_jax.models.layers import Dropout, MessageBlock
 
@@ -30,6 +30,7 @@ class TokenEncoder(nn.Module):
         self_attention: False reproduces LaMP's published encoder, FFNs alone.
         embedding_std: of the token embeddings at the start.
         positions: add sinusoidal positions: the tokens are a sequence.
+        dtype: of the operands of matrix products or None, see `ops`.
     """
 
     num_tokens: int
@@ -41,6 +42,7 @@ class TokenEncoder(nn.Module):
     self_attention: bool = True
     embedding_std: float = 1.0
     positions: bool = False
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(
@@ -72,6 +74,7 @@ class TokenEncoder(nn.Module):
                 self.ffn_width,
                 self.dropout,
                 attention=self.self_attention,
+                dtype=self.dtype,
                 name=f"block_{i}",
             )(z, z, valid[:, None, None, :], rows)
         return z, valid

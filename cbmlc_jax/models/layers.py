@@ -11,48 +11,9 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Key, UInt32
+from jaxtyping import Array, Bool, DTypeLike, Float, UInt32
 
-# A large negative logit instead of -inf: a row whose keys are all masked stays finite.
-_MASKED = -1e9
-_GOLDEN = 0x9E3779B9
-
-
-def _hash(counter: Array, first: Array, second: Array) -> Array:
-    """Mixes uint32 counters with a 64-bit key: a multiply-xorshift hash.
-
-    Constants of Wellons' lowbias32.  Far cheaper than threefry on a CPU, where the
-    masks of one step hold 10^7 elements; good enough for dropout, for nothing else.
-    """
-    x = counter ^ first
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = x ^ second
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return x ^ (x >> 16)
-
-
-def keep_mask(
-    key: Key[Array, ""], rows: UInt32[Array, " batch"], shape: tuple[int, ...], rate
-) -> Bool[Array, "batch ..."]:
-    """True with probability 1 - rate; entry [b, ...] depends on key and rows[b].
-
-    Args:
-        key: a typed threefry key.
-        rows: [B] row numbers of the global batch.
-        shape: of the mask, with B first.
-        rate: probability of False, in [0, 1).
-    """
-    words = jax.random.key_data(key)
-    row_word = _hash(rows.astype(jnp.uint32), words[0], words[1])
-    row_word = row_word.reshape((-1,) + (1,) * (len(shape) - 1))
-    counter = jnp.zeros((1, *shape[1:]), jnp.uint32)
-    stride = 1
-    for axis in range(len(shape) - 1, 0, -1):
-        position = jax.lax.broadcasted_iota(jnp.uint32, counter.shape, axis)
-        counter = counter + position * jnp.uint32(stride % 2**32)
-        stride *= shape[axis]
-    bits = _hash(counter * jnp.uint32(_GOLDEN), row_word ^ words[1], words[0])
-    return bits >= jnp.uint32(min(int(rate * 2**32), 2**32 - 1))
+from cbmlc_jax.models import ops
 
 
 class Dropout(nn.Module):
@@ -69,7 +30,8 @@ class Dropout(nn.Module):
         """x: [B, ...]; rows: [B], or None to leave x as it is."""
         if rows is None or not self.rate:
             return x
-        keep = keep_mask(self.make_rng("dropout"), rows, x.shape, self.rate)
+        words = jax.random.key_data(self.make_rng("dropout"))
+        keep = ops.keep_mask(words, rows, x.shape, self.rate)
         return jnp.where(keep, x / (1 - self.rate), 0)
 
 
@@ -87,10 +49,12 @@ class Attention(nn.Module):
     Attributes:
         num_heads: H.
         dropout: rate on the attention weights.
+        dtype: of the operands of matrix products or None, see `ops`.
     """
 
     num_heads: int
     dropout: float = 0.0
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(
@@ -114,22 +78,35 @@ class Attention(nn.Module):
         qkv_init = nn.initializers.normal((2 / (width + head)) ** 0.5)
         out_init = nn.initializers.normal((1 / width) ** 0.5)
         qkv_shape = (width, self.num_heads, head)
-        wq = self.param("query", qkv_init, qkv_shape)
+        wq = self.param("query", qkv_init, qkv_shape) * head**-0.5
         wk = self.param("key", qkv_init, qkv_shape)
         wv = self.param("value", qkv_init, qkv_shape)
         wo = self.param("out", out_init, (self.num_heads, head, width))
 
-        b = "b" if queries.ndim == 3 else ""
-        q = jnp.einsum(f"{b}nd,dhk->{b}hnk", queries, wq * head**-0.5)
-        k = jnp.einsum("bsd,dhk->bhsk", memory, wk)
-        v = jnp.einsum("bsd,dhk->bhsk", memory, wv)
-        logits = jnp.einsum(f"{b}hnk,bhsk->bhns", q, k)
-        if mask is not None:
-            logits = jnp.where(mask, logits, _MASKED)
-        weights = jax.nn.softmax(logits, axis=-1)
-        weights = Dropout(self.dropout, name="weights_dropout")(weights, rows)
-        mixed = jnp.einsum("bhns,bhsk->bhnk", weights, v)
-        return jnp.einsum("bhnk,hkd->bnd", mixed, wo)
+        q = self._project(queries, wq)
+        k, v = self._project(memory, wk), self._project(memory, wv)
+        if queries.ndim == 2:
+            q = ops.repeat(q, len(memory))
+        words = None
+        if rows is not None and self.dropout:
+            words = jax.random.key_data(self.make_rng("dropout"))
+        mixed = ops.attend(
+            q,
+            k,
+            v,
+            mask,
+            words=words,
+            rows=rows,
+            rate=self.dropout,
+            dtype=self.dtype,
+        )
+        mixed = mixed.reshape(*mixed.shape[:2], width)
+        return ops.linear(mixed, wo.reshape(width, width), self.dtype)
+
+    def _project(self, x: Array, w: Float[Array, "width heads head"]) -> Array:
+        """x W, [..., H, K]."""
+        y = ops.linear(x, w.reshape(len(w), -1), self.dtype)
+        return y.reshape(*x.shape[:-1], *w.shape[1:])
 
 
 class FeedForward(nn.Module):
@@ -137,9 +114,11 @@ class FeedForward(nn.Module):
 
     Attributes:
         width: of the hidden layer.
+        dtype: of the operands of matrix products or None, see `ops`.
     """
 
     width: int
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
@@ -150,9 +129,20 @@ class FeedForward(nn.Module):
         b1 = self.param("b1", zeros, (self.width,))
         w2 = self.param("w2", _torch_linear, (self.width, d))
         b2 = self.param("b2", zeros, (d,))
-        return jax.nn.relu(x @ w1 + b1.reshape((1,) * (x.ndim - 1) + (-1,))) @ w2 + (
-            b2.reshape((1,) * (x.ndim - 1) + (-1,))
-        )
+        hidden = jax.nn.relu(ops.add_bias(ops.linear(x, w1, self.dtype), b1))
+        return ops.add_bias(ops.linear(hidden, w2, self.dtype), b2)
+
+
+class LayerNorm(nn.Module):
+    """`ops.layer_norm` with its parameters, 1 and 0 at the start."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... width"]) -> Float[Array, "... width"]:
+        """x: [..., d]."""
+        shape = x.shape[-1:]
+        scale = self.param("scale", nn.initializers.ones_init(), shape)
+        bias = self.param("bias", nn.initializers.zeros_init(), shape)
+        return ops.layer_norm(x, scale, bias)
 
 
 class MessageBlock(nn.Module):
@@ -163,12 +153,14 @@ class MessageBlock(nn.Module):
     Attributes:
         num_heads, ffn_width, dropout: sizes and rate.
         attention: False leaves only the FFN (LaMP's encoder as published).
+        dtype: of the operands of matrix products or None, see `ops`.
     """
 
     num_heads: int
     ffn_width: int
     dropout: float = 0.0
     attention: bool = True
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(
@@ -180,12 +172,13 @@ class MessageBlock(nn.Module):
     ) -> Float[Array, "batch nodes width"]:
         """x: [B, N, d] or [N, d]; the others as `Attention`."""
         if self.attention:
-            messages = Attention(self.num_heads, self.dropout, name="attention")(
-                x, memory, mask, rows
-            )
+            messages = Attention(
+                self.num_heads, self.dropout, self.dtype, name="attention"
+            )(x, memory, mask, rows)
             messages = Dropout(self.dropout, name="attention_dropout")(messages, rows)
-            x = jnp.broadcast_to(x, messages.shape)
-            x = nn.LayerNorm(epsilon=1e-5, name="attention_norm")(x + messages)
-        update = FeedForward(self.ffn_width, name="ffn")(x)
+            if x.ndim == 2:
+                x = ops.repeat(x, len(messages))
+            x = LayerNorm(name="attention_norm")(x + messages)
+        update = FeedForward(self.ffn_width, self.dtype, name="ffn")(x)
         update = Dropout(self.dropout, name="ffn_dropout")(update, rows)
-        return nn.LayerNorm(epsilon=1e-5, name="ffn_norm")(x + update)
+        return LayerNorm(name="ffn_norm")(x + update)

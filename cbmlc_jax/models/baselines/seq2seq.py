@@ -28,7 +28,8 @@ from cbmlc_jax.models.baselines.beam import (
     contained,
     lengths,
 )
-from cbmlc_jax.models.layers import Dropout, keep_mask
+from cbmlc_jax.models.layers import Dropout
+from cbmlc_jax.models.ops import keep_mask
 from cbmlc_jax.models.outputs import Outputs
 
 # Scores within these have finite logits in float32.
@@ -224,8 +225,8 @@ class Seq2Seq(nn.Module):
         tokens, eos = inputs["tokens"], len(self.label_order)
         max_labels = min(self.max_labels, eos)
         if rows is not None and self.word_dropout:
-            key = self.make_rng("dropout")
-            keep = keep_mask(key, rows, tokens.shape, self.word_dropout)
+            words = jax.random.key_data(self.make_rng("dropout"))
+            keep = keep_mask(words, rows, tokens.shape, self.word_dropout)
             tokens = jnp.where(keep, tokens, 0)
         half, p = self.encoder_width, self._decoder_params()
         encoder = Encoder(self.num_tokens, self.token_width, half, name="encoder")
