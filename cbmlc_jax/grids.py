@@ -113,10 +113,9 @@ class Point:
         changes = [f"--config.{k}={v}" for k, v in self.changes.items()]
         return [f"--config={self.config}", *changes]
 
-    def like(self) -> tuple:
-        """Runs that are equal in this take about as long."""
-        keys = ("data.name", "model.name", "preset", "train.crossfit")
-        return tuple(self.delta.get(k) for k in keys)
+    def __str__(self) -> str:
+        changes = [f"{k}={v}" for k, v in self.changes.items() if k not in SEED_KEYS]
+        return " ".join([self.config, *changes, f"seed={self.changes['seed']}"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +181,12 @@ def ready(cells: Sequence[Cell], rows: Mapping[str, dict]) -> tuple[list[Point],
             runs += cell.points[chosen][1:]
         now |= {p.key: p for p in runs if p.key not in rows}
     return list(now.values()), later
+
+
+def like(delta: Changes) -> tuple:
+    """Runs whose deltas are equal in this take about as long."""
+    keys = ("data.name", "data.variant", "preset", "model.name", "train.crossfit")
+    return tuple(delta.get(k) for k in (*keys, "train.num_epochs"))
 
 
 def row_key(delta: Changes, rate: float, version: str | None) -> str:
