@@ -85,9 +85,10 @@ def paper(
     ]
 
 
-def small(preset: str, models: Sequence[Changes]) -> list[Block]:
-    """A small preset and other models under one noise of each kind, one seed."""
-    return [Block([{}, *models], ONE_OF_EACH, preset)]
+def small(preset: str, models: Sequence[Changes], theirs: str = "") -> list[Block]:
+    """A small preset of CbMLC, and other models with the preset `theirs`, under one
+    noise of each kind, one seed."""
+    return [Block([{}], ONE_OF_EACH, preset), Block(models, ONE_OF_EACH, theirs)]
 
 
 @dataclasses.dataclass(frozen=True)

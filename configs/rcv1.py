@@ -35,5 +35,5 @@ def get_config(preset: str = ""):
 
 GRIDS = {
     "paper": grids.paper(["lamp", "mpvae", {"model.name": "logistic_regression"}]),
-    "small": grids.small("subsets", [{"model.name": "logistic_regression"}]),
+    "small": grids.small("subsets", [{"model.name": "logistic_regression"}], "subsets"),
 }

@@ -42,5 +42,7 @@ def get_config(preset: str = ""):
 
 GRIDS = {
     "paper": grids.paper(["ml_gcn", "resnet_bce", "resnet_asl"], grids.IMAGE_NOISE),
-    "small": grids.small("frozen", [{"model.name": "resnet_bce"}, *grids.linear(5)]),
+    "small": grids.small(
+        "frozen", [{"model.name": "resnet_bce"}, *grids.linear(5)], "frozen"
+    ),
 }

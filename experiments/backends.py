@@ -91,6 +91,7 @@ class Ray:
                 "--backend=ray needs Ray: pip install -e '.[sweep]'"
             ) from None
         self.capacity, self._ray = workers, ray
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would report home
         own = {"num_cpus": workers * cpus, "include_dashboard": False}
         try:
             ray.init(

@@ -101,8 +101,9 @@ def _end_with_parent() -> None:
 def main(arguments: list[str]) -> None:
     """Runs cbmlc_jax.main under the lock."""
     _end_with_parent()
-    lock = open(arguments[0], "w")  # noqa: SIM115 (held until the process ends)
+    lock = open(arguments[0], "w")  # held until the process ends
     fcntl.flock(lock, fcntl.LOCK_EX)  # waits for a dying process of an earlier sweep
+    print(os.getpid(), file=lock, flush=True)
     from cbmlc_jax import main as main_lib
 
     sys.argv = ["cbmlc_jax.main", *arguments[1:]]

@@ -14,6 +14,7 @@ PACKAGE = running.ROOT / "cbmlc_jax"
 PURE = {"rngs": set(), "losses": set(), "metrics": set(), "limits": set()}
 ALLOWED = PURE | {
     "config": {"limits"},
+    "grids": {"config"},
     "noise": {"rngs"},
     "embeddings": {"rngs"},
     "thresholds": {"metrics"},
