@@ -24,8 +24,13 @@ def get_config(preset: str = ""):
     return c
 
 
-# Seconds a run: for trying out a sweep.
-_SHORT = {"train.num_epochs": 2, "train.batch_size": 64, "model.width": 16}
+# Small, and one shape to compile: for trying out a sweep.
+_SHORT = {
+    "data.length_buckets": 1,
+    "model.width": 16,
+    "train.num_epochs": 2,
+    "train.batch_size": 64,
+}
 GRIDS = {
     "smoke": [
         grids.Block(
