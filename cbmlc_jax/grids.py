@@ -156,7 +156,7 @@ class Cell:
             raise config_lib.ConfigError(
                 f"{self.grid}: the candidates of {self.points[0][0].changes} were not "
                 "scored by one rule on the same data, so that none can be chosen: "
-                "remove their rows"
+                "remove their rows, and their folders in the workdir"
             )
         return max(range(len(found)), key=lambda i: (selections[i]["score"], -i))
 

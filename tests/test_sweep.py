@@ -181,9 +181,9 @@ def test_kill_9_loses_and_doubles_nothing(place, undisturbed):
         process.kill()
         process.wait()
         wait_for(lambda: not alive(pid))
-    assert len(place.rows()) == 1
-    # Between the end of a run and its row.
     results = place.runs / keys[1] / "results.jsonl"
+    assert len(place.rows()) == 1 and not results.exists()
+    # Between the end of a run and its row.
     with place.started() as process:
         wait_for(results.exists, process)
         os.killpg(process.pid, signal.SIGKILL)
