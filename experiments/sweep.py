@@ -227,6 +227,9 @@ def list_runs(cells: Sequence[grids.Cell], book: ledger.Ledger, workers: int) ->
     seconds = estimate(now + later, [], book.rows, workers)
     if seconds is not None:
         text += f"; about {duration(seconds)} at {workers} a time"
+        known = {grids.like(row["config"]) for row in book.rows.values()}
+        if guessed := sum(grids.like(p.delta) not in known for p in now + later):
+            text += f", a guess for {guessed} of them, which no row is like"
     print(text)
 
 
