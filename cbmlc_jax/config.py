@@ -7,6 +7,7 @@ kept by a placeholder.
 
 from __future__ import annotations
 
+import functools
 import os
 
 import ml_collections
@@ -185,9 +186,15 @@ def flatten(config: ml_collections.ConfigDict) -> dict[str, object]:
     return flat
 
 
+@functools.cache
+def _defaults() -> dict[str, object]:
+    """The base, flat: read it, never change it."""
+    return flatten(base())
+
+
 def delta(config: ml_collections.ConfigDict) -> dict[str, object]:
     """The keys whose values differ from the base, for a result row."""
-    default = flatten(base())
+    default = _defaults()
     return {
         k: v
         for k, v in flatten(config).items()
@@ -226,6 +233,20 @@ def apply_published(config: ml_collections.ConfigDict, explicit: set[str]) -> No
     )
 
 
+def settle(config: ml_collections.ConfigDict, explicit: set[str]) -> None:
+    """Published settings, then validation: what a run does to its config first.
+
+    Args:
+        config: of a config file, with the `explicit` keys changed already.
+        explicit: keys of the command line or of a grid.
+
+    Raises:
+        ConfigError: see `validate`.
+    """
+    apply_published(config, explicit)
+    validate(config)
+
+
 def validate(config: ml_collections.ConfigDict) -> None:
     """Checks values and their combinations.
 
@@ -234,7 +255,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     """
     flat = flatten(config)
     for key, value in flat.items():
-        if isinstance(value, bool) != isinstance(flatten(base())[key], bool):
+        if isinstance(value, bool) != isinstance(_defaults()[key], bool):
             raise ConfigError(f"config.{key} cannot be {value}")
     for key, allowed in CHOICES.items():
         if flat[key] not in allowed:

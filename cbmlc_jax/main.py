@@ -53,8 +53,7 @@ def main(argv: list[str]) -> None:
     if not values["verbosity"].present:
         logging.set_verbosity(logging.FATAL)  # Orbax logs what it raises, too
     config = values.config
-    config_lib.apply_published(config, set(values["config"].override_values))
-    config_lib.validate(config)
+    config_lib.settle(config, set(values["config"].override_values))
     path = values["config"].config_filename or _DEFAULT
     workdir = values.workdir or os.path.join("runs", config_lib.run_name(path, config))
     command = "python -m cbmlc_jax.main " + shlex.join(sys.argv[1:])

@@ -7,6 +7,7 @@ from importlib import metadata
 
 import numpy as np
 
+import cbmlc_jax
 from cbmlc_jax import config as config_lib
 from cbmlc_jax import metrics, thresholds
 from cbmlc_jax.task import Task
@@ -17,8 +18,9 @@ PROVENANCE = ("seconds", "versions", "command")
 
 def versions() -> dict[str, str]:
     """Versions that a number depends on."""
-    names = ("cbmlc_jax", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
-    found = {}
+    names = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
+    # Of the code that runs, which need not be installed.
+    found = {"cbmlc_jax": cbmlc_jax.__version__}
     for name in names:
         try:
             found[name] = metadata.version(name)

@@ -10,6 +10,7 @@ No spread over seeds was measured yet.
 """
 
 from cbmlc_jax import config as config_lib
+from cbmlc_jax import grids
 
 
 def get_config(preset: str = ""):
@@ -30,3 +31,11 @@ def get_config(preset: str = ""):
     elif preset:
         raise config_lib.ConfigError(f"configs/bibtex.py has no preset {preset!r}")
     return c
+
+
+GRIDS = {
+    "paper": grids.paper(
+        ["mlknn", "sleec", "seq2seq", "lamp", "mpvae", *grids.linear(5)]
+    ),
+    "small": grids.small("fast", [{"model.name": "mlknn"}, *grids.linear(5)]),
+}

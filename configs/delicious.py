@@ -7,6 +7,7 @@ epoch): ebF1 .336, miF1 .351, maF1 .111; about 4.5 minutes an epoch on two cores
 """
 
 from cbmlc_jax import config as config_lib
+from cbmlc_jax import grids
 
 
 def get_config(preset: str = ""):
@@ -26,3 +27,11 @@ def get_config(preset: str = ""):
     elif preset:
         raise config_lib.ConfigError(f"configs/delicious.py has no preset {preset!r}")
     return c
+
+
+GRIDS = {
+    "paper": grids.paper(
+        ["mlknn", "sleec", "seq2seq", "lamp", "mpvae", *grids.linear(3)]
+    ),
+    "small": grids.small("fast", grids.linear(3)),
+}

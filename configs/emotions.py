@@ -6,6 +6,7 @@ Sizes were chosen by 5-fold cross-validation within the training rows, clean lab
 """
 
 from cbmlc_jax import config as config_lib
+from cbmlc_jax import grids
 
 
 def get_config(preset: str = ""):
@@ -25,3 +26,9 @@ def get_config(preset: str = ""):
     if preset:
         raise config_lib.ConfigError(f"configs/emotions.py has no preset {preset!r}")
     return c
+
+
+GRIDS = {
+    "paper": grids.paper(["mlknn", "sleec", "mpvae", *grids.linear(5)]),
+    "small": grids.small("", grids.linear(5)),
+}

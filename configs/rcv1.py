@@ -6,6 +6,7 @@
 """
 
 from cbmlc_jax import config as config_lib
+from cbmlc_jax import grids
 
 
 def get_config(preset: str = ""):
@@ -30,3 +31,9 @@ def get_config(preset: str = ""):
     elif preset:
         raise config_lib.ConfigError(f"configs/rcv1.py has no preset {preset!r}")
     return c
+
+
+GRIDS = {
+    "paper": grids.paper(["lamp", "mpvae", {"model.name": "logistic_regression"}]),
+    "small": grids.small("subsets", [{"model.name": "logistic_regression"}], "subsets"),
+}

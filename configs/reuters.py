@@ -6,6 +6,7 @@ Stories are sequences of at most 300 tokens.
 """
 
 from cbmlc_jax import config as config_lib
+from cbmlc_jax import grids
 
 
 def get_config(preset: str = ""):
@@ -26,3 +27,9 @@ def get_config(preset: str = ""):
     elif preset:
         raise config_lib.ConfigError(f"configs/reuters.py has no preset {preset!r}")
     return c
+
+
+GRIDS = {
+    "paper": grids.paper(["seq2seq", "lamp", "mpvae", *grids.linear(3)]),
+    "small": grids.small("fast", grids.linear(3)),
+}

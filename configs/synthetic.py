@@ -4,6 +4,7 @@ python -m cbmlc_jax.main --config.noise.kind=combined
 """
 
 from cbmlc_jax import config as config_lib
+from cbmlc_jax import grids
 
 
 def get_config(preset: str = ""):
@@ -21,3 +22,25 @@ def get_config(preset: str = ""):
     c.optim.learning_rate = 4e-3
     c.train.num_epochs = 10
     return c
+
+
+# Small, and one shape to compile: for trying out a sweep.
+_SHORT = {
+    "data.length_buckets": 1,
+    "model.width": 16,
+    "train.num_epochs": 2,
+    "train.batch_size": 64,
+}
+GRIDS = {
+    "smoke": [
+        grids.Block(
+            [_SHORT],
+            [("ncar", 0.02), ("combined", None)],
+            candidates={"loss.gamma_neg": (1.0, 4.0)},
+            seeds=(0, 1),
+        ),
+        grids.Block(
+            [{"model.name": "label_prior"}], [("combined", None)], seeds=(0, 1)
+        ),
+    ],
+}

@@ -9,6 +9,7 @@ whose frozen stages see each image once.
 """
 
 from cbmlc_jax import config as config_lib
+from cbmlc_jax import grids
 
 
 def get_config(preset: str = ""):
@@ -37,3 +38,11 @@ def get_config(preset: str = ""):
     elif preset:
         raise config_lib.ConfigError(f"configs/voc.py has no preset {preset!r}")
     return c
+
+
+GRIDS = {
+    "paper": grids.paper(["ml_gcn", "resnet_bce", "resnet_asl"], grids.IMAGE_NOISE),
+    "small": grids.small(
+        "frozen", [{"model.name": "resnet_bce"}, *grids.linear(5)], "frozen"
+    ),
+}

@@ -3,7 +3,8 @@
     python -m experiments.tables experiments/results/baselines.jsonl
 
 Rows that differ in their seeds alone stand in one line: mean, and +- the standard
-deviation of miF1 by corrected_val.  Reads result rows and nothing else.
+deviation of miF1 by corrected_val.  Of a sweep's candidates the chosen one counts.
+Reads result rows and nothing else.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ import sys
 import numpy as np
 
 from cbmlc_jax import files, metrics, thresholds
+from cbmlc_jax.grids import SEED_KEYS
 
-# Keys of the delta that name a seed.
-SEEDS = ("seed", "noise.seed", "data.split_seed")
 # (data set, noise, model) -> ebF1/miF1/maF1 of the paper's Tables 1-3, by `oracle`.
 PAPER = {
     ("bibtex", "none", "mlknn"): ".183/.178/.073",
@@ -40,11 +40,16 @@ PAPER = {
 }
 
 
+def reported(rows: list[dict]) -> list[dict]:
+    """Rows without candidates that a sweep did not choose, or not yet."""
+    return [row for row in rows if row.get("sweep", {}).get("chosen", True)]
+
+
 def group(rows: list[dict]) -> dict[tuple, list[dict]]:
     """Rows by everything but their seeds, in the order of their first appearance."""
     groups = collections.defaultdict(list)
     for row in rows:
-        delta = sorted((k, v) for k, v in row["config"].items() if k not in SEEDS)
+        delta = sorted((k, v) for k, v in row["config"].items() if k not in SEED_KEYS)
         key = (row["dataset"], row["noise"]["kind"], row["model"], str(delta))
         groups[key].append(row)
     return dict(groups)
@@ -53,7 +58,7 @@ def group(rows: list[dict]) -> dict[tuple, list[dict]]:
 def flags(row: dict) -> str:
     """The command line of a row without its folders, seeds and progress bar."""
     words = shlex.split(row["command"])[3:]
-    left_out = tuple(f"--config.{k}=" for k in (*SEEDS, "train.progress"))
+    left_out = tuple(f"--config.{k}=" for k in (*SEED_KEYS, "train.progress"))
     kept = [w for w in words if not w.startswith((*left_out, "--workdir="))]
     return shlex.join(kept)
 
@@ -106,7 +111,7 @@ def main(paths: list[str]) -> None:
     if not paths:
         sys.exit("usage: python -m experiments.tables ROWS.jsonl ...")
     rows = [row for path in paths for row in files.read_jsonl(path)]
-    print("\n".join(lines(rows)))
+    print("\n".join(lines(reported(rows))))
 
 
 if __name__ == "__main__":

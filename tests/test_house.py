@@ -6,6 +6,8 @@ import ast
 import pathlib
 import re
 import shlex
+import subprocess
+import sys
 
 import pytest
 import running
@@ -14,6 +16,7 @@ PACKAGE = running.ROOT / "cbmlc_jax"
 PURE = {"rngs": set(), "losses": set(), "metrics": set(), "limits": set()}
 ALLOWED = PURE | {
     "config": {"limits"},
+    "grids": {"config"},
     "noise": {"rngs"},
     "embeddings": {"rngs"},
     "thresholds": {"metrics"},
@@ -137,6 +140,10 @@ def test_readme_commands_parse():
         words = shlex.split(command, comments=True)
         if words[0] == "make":
             assert words[1] in targets, command
+            continue
+        if words[:3] == ["python", "-m", "experiments.sweep"]:
+            listed = [sys.executable, *words[1:], "--dry_run"]
+            subprocess.run(listed, cwd=running.ROOT, check=True, capture_output=True)
             continue
         assert words[:3] == ["python", "-m", "cbmlc_jax.main"], command
         # A workdir without a run stops after the flags and the config were read.
