@@ -1,9 +1,9 @@
 """A user's mistake becomes one sentence and a status, never a traceback.
 
-Every exception class that this package defines means a mistake that the user can mend
-(ConfigError, DataError, EmbeddingError, CheckpointError, RunError, DeviceError), as
-do the operating system's own (no such file, disk full).  Anything else is our bug and
-keeps its traceback.
+Every exception class that this package or experiments/ defines means a mistake that
+the user can mend (ConfigError, DataError, EmbeddingError, CheckpointError, RunError,
+DeviceError, ...), as do the operating system's own (no such file, disk full).
+Anything else is our bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def explained() -> Iterator[None]:
 
 def is_mistake(error: Exception) -> bool:
     """Whether the user can mend it."""
-    ours = type(error).__module__.startswith("cbmlc_jax.")
+    ours = type(error).__module__.startswith(("cbmlc_jax.", "experiments."))
     return ours or isinstance(error, OSError)
 
 
