@@ -190,7 +190,7 @@ def _rate_panel(data: str, kind: str, metric: str, lines: list[list[Group]]) -> 
                 color=COLOURS[i % len(COLOURS)],
                 marker=MARKERS[i % len(MARKERS)],
                 capsize=3,
-                label=some[-1].name,
+                label=max((g.name for g in some), key=len),
             )
         for name, style in (("cbmlc", "--"), (published.BEST_OTHER, ":")):
             scores = published.BY_RATE.get((data, kind, name), {}).get(metric)
@@ -221,6 +221,7 @@ def _distances(found: Records, groups: list[Group]) -> list[Panel]:
     bars: dict[str, dict[str, list[float]]] = {
         data: {"paper": list(both)} for data, both in published.DISTANCES.items()
     }
+    seeds = collections.Counter()  # of several groups, the first with most seeds
     for group in groups:
         if group.model != "cbmlc" or group.first["noise"]["kind"] != "none":
             continue
@@ -233,9 +234,9 @@ def _distances(found: Records, groups: list[Group]) -> list[Panel]:
             continue
         row = bars.setdefault(group.first["dataset"], {})
         row.setdefault("ours", [np.nan, np.nan])
-        # Of several groups the last, as of several equal runs.
-        row["ours"][kind == "random"] = float(np.mean(distances))
-
+        if len(distances) > seeds[kind, group.first["dataset"]]:
+            seeds[kind, group.first["dataset"]] = len(distances)
+            row["ours"][kind == "random"] = float(np.mean(distances))
     if not any("ours" in some for some in bars.values()):
         return []
 
@@ -283,19 +284,21 @@ def label_vectors(group: Group) -> str:
 
 
 def _planes(found: Records, groups: list[Group]) -> list[Panel]:
-    """t-SNE: a panel for the first run of each group that has label embeddings."""
-    planes = []
+    """t-SNE: a panel for the first run of each data set, model and kind of vectors."""
+    planes, seen = [], set()
     for group in groups:
-        embeddings = found.label_embeddings(group.first)
+        row = group.first
+        key = (row["dataset"], row["model"], label_vectors(group))
+        embeddings = None if key in seen else found.label_embeddings(row)
         if embeddings is None or len(embeddings.names) < 5:
             continue
-        row = group.first
+        seen.add(key)
         planes.append(
             Panel(
                 _slug("tsne", row["dataset"], _noise(group), group.name),
                 f"{row['dataset']}, {_noise(group)}: {group.name}",
                 f"t-SNE of the label embeddings, seed {row['seed']}. Size: how often a "
-                f"label occurs in training; the {NAMED} most frequent are named; lines "
+                f"label occurs in training; {NAMED} frequent ones are named; lines "
                 "join the pairs that occur together most often.",
                 lambda axes, e=embeddings: _plane(axes, e),
             )
@@ -306,27 +309,43 @@ def _planes(found: Records, groups: list[Group]) -> list[Panel]:
 def plane(vectors: np.ndarray) -> np.ndarray:
     """[L, 2] t-SNE of [L, P], from the principal components, with a seed of its own."""
     from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
 
     perplexity = min(30.0, (len(vectors) - 1) / 3)
     tsne = TSNE(perplexity=perplexity, init="pca", random_state=0)
-    return tsne.fit_transform(vectors.astype(np.float64))
+    with threadpool_limits(1):  # its threads wait for each other on a busy machine
+        return tsne.fit_transform(vectors.astype(np.float64))
 
 
 def _plane(axes, embeddings: details.LabelEmbeddings) -> None:
     at = plane(embeddings.vectors)
     for i, j in embeddings.pairs:
-        axes.plot(*at[[i, j]].T, color="#999999", lw=0.5, alpha=0.5, zorder=1)
+        axes.plot(*at[[i, j]].T, color="#999999", lw=0.5, alpha=0.4, zorder=1)
     share = embeddings.counts / max(embeddings.counts.max(), 1)
     axes.scatter(*at.T, s=6 + 60 * share, color=COLOURS[0], alpha=0.7, zorder=2)
-    for i in np.argsort(-embeddings.counts, kind="stable")[:NAMED]:
-        name = embeddings.names[i].removeprefix("TAG_").replace("$", r"\$")
-        axes.annotate(
-            name, at[i], fontsize=7, xytext=(2, 2), textcoords="offset points"
-        )
     axes.set(xticks=[], yticks=[])
     axes.grid(False)
     for side in ("left", "bottom"):
         axes.spines[side].set_visible(False)
+    _name(axes, at, embeddings)
+
+
+def _name(axes, at: np.ndarray, embeddings: details.LabelEmbeddings) -> None:
+    """Names the most frequent labels, but those whose name would lie on another."""
+    axes.figure.draw_without_rendering()  # so that extents are known
+    taken = []
+    for i in np.argsort(-embeddings.counts, kind="stable"):
+        name = embeddings.names[i].removeprefix("TAG_").replace("$", r"\$")
+        text = axes.annotate(
+            name, at[i], fontsize=8, xytext=(2, 2), textcoords="offset points"
+        )
+        box = text.get_window_extent()
+        if any(box.overlaps(other) for other in taken):
+            text.remove()
+            continue
+        taken.append(box)
+        if len(taken) == NAMED:
+            break
 
 
 def main() -> None:

@@ -181,7 +181,10 @@ def _variant(group: Group, alike: list[Group]) -> str:
 
 def flags(row: dict) -> str:
     """The command line of a row without its folders, seeds and progress bar."""
-    words = shlex.split(row["command"])[3:]
+    try:
+        words = shlex.split(row["command"])[3:]
+    except ValueError:  # no command line of a shell
+        return row["command"]
     left_out = tuple(f"--config.{k}=" for k in (*SEEDS, *config_lib.INCIDENTAL))
     kept = [w for w in words if not w.startswith((*left_out, "--workdir="))]
     return shlex.join(kept)

@@ -126,11 +126,11 @@ class Rivals:
         difference = group.mean(HONEST, metric) - other.mean(HONEST, metric)
         ours, theirs = self._draws(group), self._draws(other)
         if ours is None or theirs is None or ours[0] != theirs[0]:
-            interval = "no bootstrap"
+            interval = "(no bootstrap)"
         else:
             c = bootstrap.compare(difference, ours[1][metric], theirs[1][metric])
             interval = f"[{signed(c.low)}, {signed(c.high)}] p {short(c.p, 4)}"
-        text = f"{signed(difference)} {interval} against {other.name}"
+        text = f"{signed(difference)} {interval}\nvs {other.name}"
         return Cell(text, difference)
 
     def _draws(self, group: Group) -> tuple[str, dict] | None:
@@ -305,11 +305,12 @@ def _printed(data: str, noise: str, group: Group) -> Cell:
 
 
 def markdown(table: Table) -> str:
-    """A table as Markdown; `|` in a cell is escaped."""
+    """A table as Markdown; a cell is one line, `|` in it is escaped."""
     header = [column.title for column in table.columns]
     lines = [header, ["---"] * len(header)]
     for line in table.lines:
-        lines.append([cell.text.replace("|", "\\|") for cell in line.cells])
+        texts = (" ".join(cell.text.split()) for cell in line.cells)
+        lines.append([text.replace("|", "\\|") for text in texts])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
