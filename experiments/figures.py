@@ -175,6 +175,7 @@ def _noise_rates(groups: list[Group]) -> list[Panel]:
                 for some in _by(mine, _method).values()
                 if len({g.first["noise"]["rate"] for g in some}) > 1
             ]
+            lines.sort(key=lambda some: (some[0].model != "cbmlc", some[0].model))
             if lines:
                 found += [_rate_panel(data, kind, m, lines) for m in ("miF1", "maF1")]
     return found

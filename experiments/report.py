@@ -155,6 +155,8 @@ def _line(
     cells = []
     for column, cell in zip(columns, line.cells, strict=True):
         content = _text(cell.text.strip("`"))
+        if column.name == _NAME:
+            content = content.replace("_", "_<wbr>")
         if column.name == "seeds" and anchor:
             content = _opener(anchor, content, with_runs)
         cells.append(_cell(column, cell, content))

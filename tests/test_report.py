@@ -16,7 +16,7 @@ from experiments import figures, report, tables
 pytest.importorskip("matplotlib", reason="the extra `report` has it")
 
 EVIL = "<script>alert(1)</script>\"'><img src=http://evil.example/x onerror=f()>"
-VOID = {"meta", "img", "br", "link", "input", "hr"}
+VOID = {"meta", "img", "br", "link", "input", "hr", "wbr"}
 
 
 class Page(html.parser.HTMLParser):
