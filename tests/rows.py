@@ -79,9 +79,9 @@ def with_predictions(row: dict, quality: float, seed: int = 0) -> dict:
     return record
 
 
-def with_embeddings(row: dict, scale: float = 1.0) -> dict:
+def with_embeddings(row: dict, seed: int = 7) -> dict:
     """Gives the row label embeddings; returns their record."""
-    vectors = scale * np.random.default_rng(7).normal(size=(LABELS, 3))
+    vectors = np.random.default_rng(seed).normal(size=(LABELS, 3))
     labels = np.random.default_rng(0).random((40, LABELS)) < 0.4
     names = tuple(f"label{i}" for i in range(LABELS))
     record = details.label_embeddings(vectors, names, labels)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -80,6 +81,21 @@ def damaged():
         "missing": {k: v for k, v in good.items() if k != "ebF1"},
         "unsigned": {k: v for k, v in good.items() if k != "sha256"},
     }
+
+
+def test_a_bomb_does_not_go_off():
+    """No more is unpacked than the shape says, whatever lies there."""
+    bomb = base64.b64encode(zlib.compress(bytes(1 << 26))).decode()
+    scores, labels = scores_and_labels()
+    record = details.predictions(scores, labels, CHOSEN) | {"labels": bomb}
+    tracemalloc.start()
+    with pytest.raises(details.DetailError, match="labels is not of its shape"):
+        details.read_predictions(record)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 20
+    with pytest.raises(details.DetailError, match="one too large"):
+        details.read_predictions(record | {"shape": [1 << 15, 1 << 15]})
 
 
 @pytest.mark.parametrize("name", damaged())
