@@ -287,7 +287,8 @@ def label_vectors(group: Group) -> str:
 def _planes(found: Records, groups: list[Group]) -> list[Panel]:
     """t-SNE: a panel for the first run of each data set, model and kind of vectors."""
     planes, seen = [], set()
-    for group in groups:
+    # Clean labels before noisy ones, whatever the order of the files.
+    for group in sorted(groups, key=lambda g: g.first["noise"]["kind"] != "none"):
         row = group.first
         key = (row["dataset"], row["model"], label_vectors(group))
         embeddings = None if key in seen else found.label_embeddings(row)

@@ -97,9 +97,10 @@ def test_distances_stand_beside_the_published_ones(tmp_path):
 
 
 def test_the_plane_is_the_same_twice(tmp_path):
-    row = rows.make()
+    row, noisy = rows.make(), rows.make(noise="nar")
     record = rows.with_embeddings(row)
-    [_, panel] = figures.panels(rows.read(tmp_path, row, record))
+    lines = [noisy, rows.with_embeddings(noisy, 4), row, record]
+    [_, panel] = figures.panels(rows.read(tmp_path, *lines))
     assert panel.name == "tsne-bibtex-none-cbmlc"
     vectors = details.read_label_embeddings(record).vectors
     at = figures.plane(vectors)
