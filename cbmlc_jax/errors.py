@@ -2,7 +2,7 @@
 
 Every exception class that this package or experiments/ defines means a mistake that
 the user can mend (ConfigError, DataError, EmbeddingError, CheckpointError, RunError,
-DeviceError, SweepError), as do the operating system's own (no such file, disk full).
+DeviceError, ...), as do the operating system's own (no such file, disk full).
 Anything else is our bug and keeps its traceback.
 """
 

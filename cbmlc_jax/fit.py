@@ -11,6 +11,7 @@ import contextlib
 import os
 import time
 
+import ml_collections
 import numpy as np
 
 from cbmlc_jax import checkpoints, files, rngs, systems, train
@@ -36,8 +37,9 @@ def train_and_evaluate(config, workdir: str, command: str) -> dict | None:
         run = _cross_fit(run)
     history = fit(run)
     params, best, _ = run_lib.chosen_params(workdir, run.system.like)
-    row, text = run.finish(params, history, best, command)
+    row, text, records = run.finish(params, history, best, command)
     files.write_atomic(os.path.join(workdir, "report.txt"), text)
+    files.write_jsonl(os.path.join(workdir, "details.jsonl"), records)
     files.write_jsonl(os.path.join(workdir, "results.jsonl"), [row])
     print(text)
     return row
@@ -115,6 +117,8 @@ def _cross_fit(run: run_lib.Run) -> run_lib.Run:
     """
     task, config = run.task, run.config
     number = config.train.crossfit
+    quiet = ml_collections.ConfigDict(config)
+    quiet.eval.curves = False  # of the model on all rows alone
     scores, curves, seconds = None, [], 0.0
     for k, held_out in enumerate(
         folds(len(task.noisy), number, config.data.split_seed)
@@ -123,7 +127,7 @@ def _cross_fit(run: run_lib.Run) -> run_lib.Run:
         os.makedirs(workdir, exist_ok=True)
         if config.train.progress:
             print(f"fold {k + 1} of {number}", flush=True)
-        part = run_lib.Run(config, workdir, task_lib.fold(config, task, held_out))
+        part = run_lib.Run(quiet, workdir, task_lib.fold(config, task, held_out))
         history = fit(part)
         params, _, _ = run_lib.chosen_params(workdir, part.system.like)
         values = part.system.scores(params, part.task.validation.inputs)

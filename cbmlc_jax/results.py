@@ -34,6 +34,7 @@ def make_row(
     task: Task,
     parts: dict,
     *,
+    details: dict[str, str],
     selection: dict,
     epoch: int,
     params: int,
@@ -64,6 +65,7 @@ def make_row(
             "doubt": task.rates.doubt,
         },
         "embeddings": task.embeddings,
+        "details": details,
         "selection": selection,
         "epoch": epoch,
         "rows": {

@@ -15,8 +15,10 @@ from jaxtyping import PyTree
 
 from cbmlc_jax import (
     checkpoints,
+    details,
     evaluate,
     files,
+    metrics,
     rates,
     results,
     rngs,
@@ -115,11 +117,24 @@ class Run:
         score, rule = evaluate.selection_score(self.validation(params), rule)
         return {"rule": rule, "score": score}
 
-    def finish(self, params: PyTree, history: list[dict], best: int, command: str):
+    def watch(self, params: PyTree) -> dict[str, float]:
+        """mAP on the training rows (labels as trained on) and on test.
+
+        For the eye alone: nothing may be chosen by it.
+        """
+        task, found = self.task, {}
+        for name, split in (("train", task.train), ("test", task.test)):
+            scores = counted(self.system.scores(params, split.inputs), split)
+            found[name] = metrics.mean_average_precision(scores, split.labels)
+        return found
+
+    def finish(
+        self, params: PyTree, history: list[dict], best: int, command: str
+    ) -> tuple[dict, str, list[dict]]:
         """Evaluates the chosen parameters on test.
 
         Returns:
-            The result row and the report's text.
+            The result row, the report's text, and the records of `details`.
         """
         start = time.perf_counter()
         validation = self.validation(params)
@@ -133,6 +148,7 @@ class Run:
             per_label=self.config.eval.per_label_thresholds,
             decoded=decoded,
         )
+        records = self._details(params, scores, parts["thresholds"]["corrected_val"])
         chosen = next(line for line in history if line["epoch"] == best)
         training = sum(line["seconds"] for line in history)
         if self.out_of_fold is not None:
@@ -140,7 +156,8 @@ class Run:
         row = results.make_row(
             self.config,
             self.task,
-            parts,
+            parts | _curves(history),
+            details={record["record"]: record["sha256"] for record in records},
             selection={
                 "rule": chosen["selection"]["rule"],
                 "metric": "miF1",
@@ -157,7 +174,27 @@ class Run:
             command=command,
             device=jax.local_devices()[0].device_kind,
         )
-        return row, results.report(row, scores, self.task, warnings)
+        return row, results.report(row, scores, self.task, warnings), records
+
+    def _details(self, params: PyTree, scores, chosen: dict[str, float]) -> list[dict]:
+        """What to keep of the test scores and of the label nodes."""
+        task = self.task
+        records = [details.predictions(scores, task.test.labels, chosen)]
+        decoder = params.get("params", {}).get("decoder", {})
+        if "label_embeddings" in decoder:
+            vectors = np.asarray(decoder["label_embeddings"])
+            names = task.dataset.label_names
+            records.append(details.label_embeddings(vectors, names, task.train.labels))
+        return records
+
+
+def _curves(history: list[dict]) -> dict:
+    """What `Run.watch` saw, for a row; {} where it did not look."""
+    seen = [line for line in history if "mAP" in line]
+    if not seen:
+        return {}
+    curves = {f"{k}_mAP": [line["mAP"][k] for line in seen] for k in ("train", "test")}
+    return {"curves": {"epoch": [line["epoch"] for line in seen]} | curves}
 
 
 def counted(scores: np.ndarray, split: pipeline.Split) -> np.ndarray:
@@ -347,7 +384,7 @@ def evaluate_checkpoint(workdir: str, data_dir: str | None, command: str) -> dic
         config.data.dir = data_dir
     run = Run(config, workdir, out_of_fold=_saved_out_of_fold(config, workdir))
     params, best, history = chosen_params(workdir, run.system.like)
-    row, text = run.finish(params, history, best, command)
+    row, text, _ = run.finish(params, history, best, command)
     files.write_jsonl(os.path.join(workdir, "eval.jsonl"), [row])
     print(text)
     before = files.read_jsonl(os.path.join(workdir, "results.jsonl"))

@@ -307,12 +307,16 @@ def fit(run: run_lib.Run, store: checkpoints.Checkpoints) -> list[dict]:
                 "examples_per_second": round(len(task.train) / seconds, 1),
                 "seconds": round(time.perf_counter() - start, 2),
             }
+            if config.eval.curves and _due(run, epoch):
+                line["mAP"] = run.watch(devices.first(state.variables))
             history = [*history, line]
             files.write_jsonl(metrics_path, history)
             writer.add_scalar("train/loss", loss, epoch)
             if selection["score"] is not None:
                 name = f"validation/{selection['rule']}_miF1"
                 writer.add_scalar(name, selection["score"], epoch)
+            for name, value in line.get("mAP", {}).items():
+                writer.add_scalar(f"mAP/{name}", value, epoch)
             writer.flush()
             progress.epoch(line)
             _save(run, store, state, history)
@@ -321,10 +325,14 @@ def fit(run: run_lib.Run, store: checkpoints.Checkpoints) -> list[dict]:
 
 def _select(run: run_lib.Run, state: TrainState, epoch: int) -> dict:
     """The selection score of an epoch that is to be evaluated, else None."""
-    settings = run.config.train
-    if epoch % settings.eval_every and epoch != run.last_epoch:
-        return {"rule": settings.selection, "score": None}
+    if not _due(run, epoch):
+        return {"rule": run.config.train.selection, "score": None}
     return run.select(run.system.train_devices.first(state.variables), epoch)
+
+
+def _due(run: run_lib.Run, epoch: int) -> bool:
+    """Whether an epoch is to be evaluated."""
+    return epoch % run.config.train.eval_every == 0 or epoch == run.last_epoch
 
 
 def _epoch(

@@ -72,6 +72,8 @@ class Ledger:
         try:
             rows = files.read_jsonl(path)
             for row in rows:
+                if "record" in row:  # details of a run may lie in the same folder
+                    continue
                 if self.version in (None, row["versions"]["cbmlc_jax"]):
                     self.rows.setdefault(self.key(row), row)
                 else:

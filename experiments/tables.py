@@ -1,118 +1,335 @@
-"""Result rows -> the Markdown table of experiments/README.md.
+"""Result rows -> Tables 1-4 of the paper with our columns beside them, as Markdown.
 
-    python -m experiments.tables experiments/results/baselines.jsonl
+    python -m experiments.tables experiments/results/*.jsonl runs/*/details.jsonl
+    python -m experiments.tables --table=runs experiments/results/baselines.jsonl
 
 Rows that differ in their seeds alone stand in one line: mean, and +- the standard
-deviation of miF1 by corrected_val.  Of a sweep's candidates the chosen one counts.
-Reads result rows and nothing else.
+deviation over the seeds.  "paper" and "oracle" choose thresholds on the test labels,
+"honest" (corrected_val) does not.  The difference to the best other system is taken
+between honest scores; its 95 % interval and p come from a paired bootstrap over test
+rows (bootstrap.py), where the predictions of both were kept.
 """
 
 from __future__ import annotations
 
-import collections
-import shlex
-import sys
+import argparse
+import dataclasses
+import hashlib
 
 import numpy as np
 
-from cbmlc_jax import files, metrics, thresholds
-from cbmlc_jax.grids import SEED_KEYS
+from cbmlc_jax import errors, metrics, thresholds
+from experiments import bootstrap, published, records
+from experiments.records import HONEST, ORACLE, Group, Records
 
-# (data set, noise, model) -> ebF1/miF1/maF1 of the paper's Tables 1-3, by `oracle`.
-PAPER = {
-    ("bibtex", "none", "mlknn"): ".183/.178/.073",
-    ("bibtex", "none", "sleec"): ".449/.407/.294",
-    ("bibtex", "none", "seq2seq"): ".393/.384/.282",
-    ("bibtex", "none", "lamp"): ".447/.473/.376",
-    ("bibtex", "none", "mpvae"): ".453/.480/.386",
-    ("bibtex", "none", "cbmlc"): ".457/.484/.401",
-    ("bibtex", "single_positive", "cbmlc"): "-/.421/.305",
-    ("bibtex", "combined", "cbmlc"): "-/.328/.199",
-    ("delicious", "none", "mlknn"): ".259/.264/.053",
-    ("delicious", "none", "sleec"): ".308/.333/.142",
-    ("delicious", "none", "seq2seq"): ".320/.329/.166",
-    ("delicious", "none", "lamp"): ".372/.386/.196",
-    ("delicious", "none", "mpvae"): ".373/.393/.181",
-    ("delicious", "none", "cbmlc"): ".356/.370/.198",
-    ("reuters", "none", "seq2seq"): ".892/.855/.457",
-    ("reuters", "none", "lamp"): ".895/.877/.560",
-    ("reuters", "none", "cbmlc"): ".906/.889/.602",
+NOT_RUN = "not run"
+# Key -> title, noise and numbers of a table of the paper.
+_PAPER = {
+    "1": ("Table 1: clean labels", "none", published.CLEAN),
+    "2": (
+        "Table 2: one positive a row",
+        "single_positive",
+        published.SINGLE_POSITIVE,
+    ),
+    "3": ("Table 3: combined noise", "combined", published.COMBINED),
+    "4": ("Table 4: fixed or regularised label vectors", "none", published.ABLATION),
 }
+KEYS = (*_PAPER, "runs")
 
 
-def reported(rows: list[dict]) -> list[dict]:
-    """Rows without candidates that a sweep did not choose, or not yet."""
-    return [row for row in rows if row.get("sweep", {}).get("chosen", True)]
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """Attributes: name; group, the heading above it; kind, how its numbers were made:
+    "paper", "oracle", "honest" or ""."""
+
+    name: str
+    group: str = ""
+    kind: str = ""
+
+    @property
+    def title(self) -> str:
+        """The name where there is no heading above it."""
+        return f"{self.group} {self.name}".strip()
 
 
-def group(rows: list[dict]) -> dict[tuple, list[dict]]:
-    """Rows by everything but their seeds, in the order of their first appearance."""
-    groups = collections.defaultdict(list)
-    for row in rows:
-        delta = sorted((k, v) for k, v in row["config"].items() if k not in SEED_KEYS)
-        key = (row["dataset"], row["noise"]["kind"], row["model"], str(delta))
-        groups[key].append(row)
-    return dict(groups)
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """Attributes: text; value, what the column is sorted by, where that is a number."""
+
+    text: str = ""
+    value: float | None = None
 
 
-def flags(row: dict) -> str:
-    """The command line of a row without its folders, seeds and progress bar."""
-    words = shlex.split(row["command"])[3:]
-    left_out = tuple(f"--config.{k}=" for k in (*SEED_KEYS, "train.progress"))
-    kept = [w for w in words if not w.startswith((*left_out, "--workdir="))]
-    return shlex.join(kept)
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """Attributes: cells; rows, the runs that it sums up."""
+
+    cells: list[Cell]
+    rows: list[dict] = dataclasses.field(default_factory=list)
 
 
-def _scores(rows: list[dict], values) -> str:
-    """Means of the three F1s; `values` takes a row to {name: value}."""
-    means = [np.mean([values(r)[n] for r in rows]) for n in metrics.F1_NAMES]
-    return "/".join(f"{m:.3f}".lstrip("0") for m in means)
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Attributes: key for the command line; title; note; columns; lines."""
+
+    key: str
+    title: str
+    note: str
+    columns: list[Column]
+    lines: list[Line]
 
 
-def lines(rows: list[dict]) -> list[str]:
-    """The table, a line for each group."""
-    header = ["data", "noise", "model", *thresholds.PROTOCOLS, "own rule", "paper"]
-    header += ["P@1", "seeds", "seconds", "chosen", "parameters", "flags"]
-    out = [header, ["---"] * len(header)]
-    for (dataset, noise, model, _), some in group(rows).items():
-        first = some[0]
-        protocols = [
-            _scores(some, lambda r, p=p: r["metrics"][p]) for p in thresholds.PROTOCOLS
+def short(value: float, digits: int = 3) -> str:
+    """.470 for 0.47."""
+    text = f"{value:.{digits}f}"
+    return text.replace("0.", ".", 1) if abs(value) < 1 else text
+
+
+def signed(value: float) -> str:
+    """+.012 and −.012."""
+    return ("+" if value >= 0 else "−") + short(abs(value))
+
+
+def score(values: list[float]) -> Cell:
+    """Mean, and the standard deviation over more than one seed."""
+    text = short(np.mean(values))
+    if len(values) > 1:
+        text += f" ± {short(np.std(values, ddof=1))}"
+    return Cell(text, float(np.mean(values)))
+
+
+class Rivals:
+    """Compares a group with the best one of another side, in the same setting.
+
+    Args:
+        found: rows and records.
+        groups: that are compared with each other.
+        side: a group -> what it must not share with its rival.
+        resamples: of the bootstrap.
+    """
+
+    def __init__(self, found: Records, groups: list[Group], side, resamples: int):
+        self._found, self._groups, self.side = found, groups, side
+        self._resamples = resamples
+        self._drawn: dict[int, tuple[str, dict] | None] = {}
+
+    def cell(self, group: Group, metric: str) -> Cell:
+        """The honest score minus that of the best rival by the same F1."""
+        others = [
+            g
+            for g in self._groups
+            if g.setting == group.setting and self.side(g) != self.side(group)
         ]
-        if len(some) > 1:
-            values = [r["metrics"]["corrected_val"]["miF1"] for r in some]
-            protocols[-1] += f" (miF1 ± {np.std(values, ddof=1):.3f})"
-        seconds = np.mean([sum(r["seconds"].values()) for r in some])
-        settings = first["selection"].get("settings", {})
-        chosen = ", ".join(f"{k} {v:g}" for k, v in settings.items())
-        out.append(
-            [
-                dataset,
-                noise,
-                model,
-                *protocols,
-                _scores(some, lambda r: r["decoded_metrics"])
-                if "decoded_metrics" in first
-                else "",
-                PAPER.get((dataset, noise, model), ""),
-                f"{np.mean([r['ranking']['P@1'] for r in some]):.3f}".lstrip("0"),
-                str(len(some)),
-                f"{seconds:.0f}",
-                chosen or f"epoch {first['epoch']}",
-                f"{first['params']:,}",
-                f"`{flags(first)}`",
-            ]
-        )
-    return ["| " + " | ".join(line) + " |" for line in out]
+        if not others:
+            return Cell("no other")
+        other = max(others, key=lambda g: g.mean(HONEST, metric))
+        difference = group.mean(HONEST, metric) - other.mean(HONEST, metric)
+        ours, theirs = self._draws(group), self._draws(other)
+        if ours is None or theirs is None or ours[0] != theirs[0]:
+            interval = "(no bootstrap)"
+        else:
+            c = bootstrap.compare(difference, ours[1][metric], theirs[1][metric])
+            interval = f"[{signed(c.low)}, {signed(c.high)}] p {short(c.p, 4)}"
+        text = f"{signed(difference)} {interval}\nvs {other.name}"
+        return Cell(text, difference)
+
+    def _draws(self, group: Group) -> tuple[str, dict] | None:
+        """A digest of the test labels, and the scores on the draws.
+
+        None without predictions.
+        """
+        if id(group) not in self._drawn:
+            runs = [self._found.predictions(row) for row in group.rows]
+            drawn = None
+            if all(run is not None for run in runs):
+                labels = {hashlib.sha256(run.labels).hexdigest() for run in runs}
+                if len(labels) == 1:
+                    drawn = (labels.pop(), bootstrap.resampled(runs, self._resamples))
+            self._drawn[id(group)] = drawn
+        return self._drawn[id(group)]
 
 
-def main(paths: list[str]) -> None:
-    """Prints the table of the rows in the given JSON lines files."""
-    if not paths:
-        sys.exit("usage: python -m experiments.tables ROWS.jsonl ...")
-    rows = [row for path in paths for row in files.read_jsonl(path)]
-    print("\n".join(lines(reported(rows))))
+def is_fixed(group: Group) -> bool:
+    """Whether the label nodes stayed at their word vectors: the paper's Table 4."""
+    return group.first["config"].get("embeddings.trainable") is False
+
+
+def ablation_side(group: Group) -> str:
+    """The line of Table 4 that a group of CbMLC belongs to."""
+    return published.FIXED if is_fixed(group) else published.REGULARISED
+
+
+def is_regularised(group: Group) -> bool:
+    """CbMLC as the paper describes it: word vectors, trained, held near to them."""
+    delta = group.first["config"]
+    return not is_fixed(group) and (
+        delta.get("embeddings.source") != "random" and delta.get("loss.cb_weight") != 0
+    )
+
+
+def build(found: Records, key: str, resamples: int = bootstrap.RESAMPLES) -> Table:
+    """One of KEYS: a table of the paper, or that of all runs."""
+    if key == "runs":
+        return runs_table(found)
+    title, noise, numbers = _PAPER[key]
+    groups = [g for g in found.groups() if g.first["noise"]["kind"] == noise]
+    if key == "4":
+        side = ablation_side
+        groups = [g for g in groups if g.model == "cbmlc"]
+        groups = [g for g in groups if is_fixed(g) or is_regularised(g)]
+    else:
+        side = _model
+        groups = [g for g in groups if not (g.model == "cbmlc" and is_fixed(g))]
+    rivals = Rivals(found, groups, side, resamples)
+    return _paper_table(key, title, numbers, groups, rivals)
+
+
+def _model(group: Group) -> str:
+    return group.model
+
+
+def _paper_table(key, title, numbers, groups, rivals: Rivals) -> Table:
+    """A line for each group on the paper's data sets, and for what was not run."""
+    printed = [
+        (i, name)
+        for i, name in enumerate(metrics.F1_NAMES)
+        if any(v[i] is not None for models in numbers.values() for v in models.values())
+    ]
+    columns = [Column("data"), Column("model"), Column("variant"), Column("seeds")]
+    for _, name in printed:
+        columns += [
+            Column("paper", name, "paper"),
+            Column("oracle", name, "oracle"),
+            Column("honest", name, "honest"),
+            Column("honest − best other", name, "honest"),
+        ]
+    lines = []
+    for data, models in numbers.items():
+        ours = [g for g in groups if g.first["dataset"] == data]
+        for name in dict.fromkeys([*models, *map(rivals.side, ours)]):
+            theirs = models.get(name, (None,) * len(metrics.F1_NAMES))
+            runs = [g for g in ours if rivals.side(g) == name]
+            missing = "" if name == published.BEST_OTHER else NOT_RUN
+            for group in runs or [None]:
+                cells = _described(data, name, group)
+                for i, metric in printed:
+                    cells += _compared(theirs[i], group, metric, rivals, missing)
+                lines.append(Line(cells, group.rows if group else []))
+    note = (
+        "paper and oracle: thresholds chosen on the test labels. honest: "
+        "corrected_val, no clean label used. ± is the standard deviation over seeds. "
+        "The difference is to the best other line of the same data by the honest "
+        "score, with the 95 % interval and p of a paired bootstrap over test rows; "
+        "“no bootstrap” where a run kept no predictions."
+    )
+    return Table(key, title, note, columns, lines)
+
+
+def _described(data: str, name: str, group: Group | None) -> list[Cell]:
+    variant, seeds = (group.variant, len(group.rows)) if group else ("", 0)
+    return [Cell(data), Cell(name), Cell(variant), Cell(str(seeds or ""), seeds)]
+
+
+def _compared(theirs, group, metric: str, rivals: Rivals, missing: str) -> list[Cell]:
+    paper = Cell("" if theirs is None else short(theirs, 4), theirs)
+    if group is None:
+        return [paper, Cell(missing), Cell(missing), Cell()]
+    ours = [score(group.scores(protocol, metric)) for protocol in (ORACLE, HONEST)]
+    return [paper, *ours, rivals.cell(group, metric)]
+
+
+def runs_table(found: Records) -> Table:
+    """Every group of rows, by every protocol."""
+    names = ["data", "noise", "model"]
+    kinds = {"oracle": "oracle", "corrected_val": "honest"}
+    columns = [Column(n) for n in names]
+    columns += [Column(p, "", kinds.get(p, "")) for p in thresholds.PROTOCOLS]
+    columns += [Column("own rule"), Column("paper", "", "paper")]
+    names = ["P@1", "seeds", "seconds", "chosen", "parameters", "flags"]
+    columns += [Column(n) for n in names]
+    lines = [Line(_run_cells(group), group.rows) for group in found.groups()]
+    note = (
+        "ebF1/miF1/maF1 by four ways to choose the threshold; ± is over seeds. own "
+        "rule: what the model decodes by itself."
+    )
+    return Table("runs", "All runs", note, columns, lines)
+
+
+def _run_cells(group: Group) -> list[Cell]:
+    rows, first = group.rows, group.first
+    noise, rate = first["noise"]["kind"], first["noise"]["rate"]
+    if "noise.rate" in first["config"]:
+        noise += f" {rate:g}"
+    protocols = [
+        _three(rows, lambda r, p=p: r["metrics"][p]) for p in thresholds.PROTOCOLS
+    ]
+    if len(rows) > 1:
+        spread = np.std(group.scores(HONEST, "miF1"), ddof=1)
+        last = protocols[-1]
+        protocols[-1] = Cell(f"{last.text} (miF1 ± {spread:.3f})", last.value)
+    own = [r for r in rows if "decoded_metrics" in r]
+    precision = float(np.mean([r["ranking"]["P@1"] for r in rows]))
+    seconds = float(np.mean([sum(r["seconds"].values()) for r in rows]))
+    settings = first["selection"].get("settings", {})
+    chosen = ", ".join(f"{k} {v:g}" for k, v in settings.items())
+    return [
+        Cell(first["dataset"]),
+        Cell(noise),
+        Cell(group.model),
+        *protocols,
+        _three(own, lambda r: r["decoded_metrics"]) if own else Cell(),
+        _printed(first["dataset"], noise, group),
+        Cell(short(precision), precision),
+        Cell(str(len(rows)), len(rows)),
+        Cell(f"{seconds:.0f}", seconds),
+        Cell(chosen or f"epoch {first['epoch']}"),
+        Cell(f"{first['params']:,}", first["params"]),
+        Cell(f"`{records.flags(first)}`"),
+    ]
+
+
+def _three(rows: list[dict], values) -> Cell:
+    """Means of the three F1s; `values` takes a row to {name: value}."""
+    means = {n: float(np.mean([values(r)[n] for r in rows])) for n in metrics.F1_NAMES}
+    return Cell("/".join(short(m) for m in means.values()), means["miF1"])
+
+
+def _printed(data: str, noise: str, group: Group) -> Cell:
+    """What the paper prints for a model as it stands in Tables 1-3."""
+    printed = (_PAPER[key][1:] for key in "123")
+    numbers = dict(printed).get(noise, {}).get(data, {}).get(group.model)
+    if numbers is None or (group.model == "cbmlc" and is_fixed(group)):
+        return Cell()
+    text = "/".join("-" if x is None else short(x) for x in numbers)
+    return Cell(text, numbers[1])
+
+
+def markdown(table: Table) -> str:
+    """A table as Markdown; a cell is one line, `|` in it is escaped."""
+    header = [column.title for column in table.columns]
+    lines = [header, ["---"] * len(header)]
+    for line in table.lines:
+        texts = (" ".join(cell.text.split()) for cell in line.cells)
+        lines.append([text.replace("|", "\\|") for text in texts])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main() -> None:
+    """Prints the tables of the rows in the given JSON lines files."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.tables", description=__doc__.partition("\n")[0]
+    )
+    parser.add_argument("files", nargs="+", metavar="ROWS.jsonl")
+    parser.add_argument("--table", choices=KEYS, help="this one, without its title")
+    arguments = parser.parse_args()
+    with errors.explained():
+        found = records.read(arguments.files)
+        for key in [arguments.table] if arguments.table else KEYS:
+            table = build(found, key)
+            if not arguments.table:
+                print(f"## {table.title}\n\n{table.note}\n")
+            print(markdown(table) + ("" if arguments.table else "\n"))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

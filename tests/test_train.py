@@ -18,10 +18,12 @@ import running
 
 from cbmlc_jax import (
     checkpoints,
+    details,
     evaluate,
     files,
     fit,
     losses,
+    metrics,
     results,
     thresholds,
     train,
@@ -62,6 +64,7 @@ def test_everything_that_the_readme_lists_is_written(finished):
         "checkpoints",
         "results.jsonl",
         "report.txt",
+        "details.jsonl",
         "inputs.json",
     } <= names
     assert any(n.startswith("events.out.tfevents") for n in names)
@@ -89,6 +92,40 @@ def test_result_row(finished):
     assert set(row["per_label_metrics"]) == set(thresholds.PROTOCOLS) - {"oracle"}
     for key in ("ranking", "embeddings", "seconds", "versions", "command", "params"):
         assert row[key]
+
+
+def test_details_belong_to_the_row(finished):
+    [row] = files.read_jsonl(str(finished / "results.jsonl"))
+    records = files.read_jsonl(str(finished / "details.jsonl"))
+    assert row["details"] == {r["record"]: r["sha256"] for r in records}
+    found = details.read_predictions(records[0])
+    for name, predicted in found.predicted.items():
+        scores = metrics.f1_scores(metrics.count(predicted, found.labels))
+        assert scores[name] == row["metrics"]["corrected_val"][name]
+    embeddings = details.read_label_embeddings(records[1])
+    assert embeddings.vectors.shape == (40, row["embeddings"]["dim"])
+    vectors = saved_params(finished, row["epoch"])
+    assert any(np.array_equal(v, embeddings.vectors) for v in vectors)
+
+
+def test_curves_are_looked_at_and_choose_nothing(finished, tmp_path):
+    """The same run with curves: the same row, whatever mAP says of its epochs."""
+    config = config_lib.restore(run_lib.saved_config(str(finished)))
+    config.eval.curves = True
+    row = fit.train_and_evaluate(config, str(tmp_path / "watched"), "test")
+    [plain] = files.read_jsonl(str(finished / "results.jsonl"))
+    curves = row.pop("curves")
+    for name in results.PROVENANCE:
+        row.pop(name), plain.pop(name)
+    assert row == plain and "curves" not in plain
+    assert curves["epoch"] == [1, 2, 3]
+    assert curves["test_mAP"][row["epoch"] - 1] == row["ranking"]["mAP"]
+    assert curves["train_mAP"] != curves["test_mAP"]
+    history = files.read_jsonl(str(tmp_path / "watched" / "metrics.jsonl"))
+    for i, line in enumerate(history):
+        line["mAP"] = {"train": 0.1 * i, "test": 1.0 if i == 0 else 0.0}
+        line["selection"]["score"] = [0.2, 0.3, 0.1][i]
+    assert run_lib.choose_epoch(history) == 2
 
 
 def test_report_says_what_the_row_says(finished):

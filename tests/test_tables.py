@@ -1,0 +1,209 @@
+"""Rows, groups and the tables made of them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import rows
+import running
+
+from cbmlc_jax import metrics
+from experiments import bootstrap, published, records, tables
+
+RESULTS = running.ROOT / "experiments" / "results" / "baselines.jsonl"
+
+
+def lines_of(table: tables.Table, data: str, model: str) -> list[dict[str, str]]:
+    """Lines of a table as {title of the column: text}."""
+    titles = [column.title for column in table.columns]
+    found = [
+        dict(zip(titles, (cell.text for cell in line.cells), strict=True))
+        for line in table.lines
+    ]
+    return [x for x in found if (x["data"], x["model"]) == (data, model)]
+
+
+def test_rows_that_differ_in_seeds_alone_are_one_line(tmp_path):
+    some = [rows.make(seed=s, score=v) for s, v in enumerate((0.4, 0.5, 0.6))]
+    other = rows.make(score=0.3, loss__name="hill")
+    found = rows.read(tmp_path, *some, other)
+    assert [len(g.rows) for g in found.groups()] == [3, 1]
+    assert [g.variant for g in found.groups()] == ["", "loss.name=hill"]
+    first, second = lines_of(tables.build(found, "1"), "bibtex", "cbmlc")
+    assert first["miF1 honest"] == ".500 ± .100" and first["seeds"] == "3"
+    assert first["miF1 oracle"] == ".510 ± .100"
+    assert first["miF1 paper"] == second["miF1 paper"] == ".4837"
+    assert second["miF1 honest"] == ".300"
+
+
+def test_every_published_line_is_there_and_says_what_was_not_run(tmp_path):
+    found = rows.read(tmp_path, rows.make("lamp", score=0.4))
+    for key, numbers in (
+        ("1", published.CLEAN),
+        ("2", published.SINGLE_POSITIVE),
+        ("3", published.COMBINED),
+        ("4", published.ABLATION),
+    ):
+        table = tables.build(found, key)
+        for data, models in numbers.items():
+            for model, f1s in models.items():
+                [line] = lines_of(table, data, model)
+                assert line["miF1 paper"] == tables.short(f1s[1], 4)
+                ran = (key, data, model) == ("1", "bibtex", "lamp")
+                wanted = "" if model == published.BEST_OTHER else tables.NOT_RUN
+                assert line["miF1 honest"] == (".400" if ran else wanted)
+        assert ("ebF1 paper" in line) == (key in "14")
+
+
+def test_models_and_noise_beyond_the_paper_have_their_place(tmp_path):
+    found = rows.read(
+        tmp_path,
+        rows.make("lr_knn"),
+        rows.make("lr_knn", noise="combined", score=0.45),
+        rows.make("lr_knn", "emotions"),
+        rows.make("cbmlc", "bibtex", "ncar", 0.05),
+    )
+    assert lines_of(tables.build(found, "1"), "bibtex", "lr_knn")
+    assert not lines_of(tables.build(found, "1"), "emotions", "lr_knn")
+    [line] = lines_of(tables.build(found, "3"), "bibtex", "lr_knn")
+    assert line["miF1 honest"] == ".450"
+    assert len(tables.build(found, "runs").lines) == 4
+
+
+def test_fixed_vectors_stand_in_table_4_alone(tmp_path):
+    found = rows.read(
+        tmp_path,
+        rows.make(score=0.4),
+        rows.make(score=0.3, embeddings__trainable=False),
+        rows.make(score=0.2, embeddings__source="random", loss__cb_weight=0.0),
+    )
+    table = tables.build(found, "4")
+    [fixed] = lines_of(table, "bibtex", published.FIXED)
+    [regularised] = lines_of(table, "bibtex", published.REGULARISED)
+    assert fixed["miF1 paper"] == ".4814" and fixed["miF1 honest"] == ".300"
+    assert regularised["miF1 honest"] == ".400"
+    assert regularised["miF1 honest − best other"].startswith("+.100")
+    clean = lines_of(tables.build(found, "1"), "bibtex", "cbmlc")
+    assert [line["miF1 honest"] for line in clean] == [".400", ".200"]
+
+
+def test_the_difference_is_to_the_best_other_and_has_its_interval(tmp_path):
+    ours, weak, best = rows.make(), rows.make("lamp"), rows.make("sleec")
+    more = rows.make("sleec", seed=1)
+    found = rows.read(
+        tmp_path,
+        *(ours, weak, best, more),
+        rows.with_predictions(ours, 0.85),
+        rows.with_predictions(weak, 0.6, seed=1),
+        rows.with_predictions(best, 0.8, seed=2),
+        rows.with_predictions(more, 0.75, seed=3),
+    )
+    table = tables.build(found, "1", resamples=300)
+    drawn = [
+        bootstrap.resampled([found.predictions(r) for r in some], 300)["maF1"]
+        for some in ([ours], [best, more])
+    ]
+    f1s = [
+        np.mean([r["metrics"]["corrected_val"]["maF1"] for r in some])
+        for some in ([ours], [best, more])
+    ]
+    c = bootstrap.compare(f1s[0] - f1s[1], *drawn)
+    [line] = lines_of(table, "bibtex", "cbmlc")
+    text = line["maF1 honest − best other"]
+    assert text.split("\n") == [
+        f"{tables.signed(c.difference)} [{tables.signed(c.low)}, "
+        f"{tables.signed(c.high)}] p {tables.short(c.p, 4)}",
+        "vs sleec",
+    ]
+    [line] = lines_of(table, "bibtex", "sleec")
+    assert line["maF1 honest − best other"].endswith("vs cbmlc")
+    assert tables.signed(-c.difference) in line["maF1 honest − best other"]
+
+
+def test_without_predictions_there_is_no_interval(tmp_path):
+    ours, other, alone = rows.make(), rows.make("lamp", score=0.3), rows.make(noise="x")
+    found = rows.read(tmp_path, ours, other, alone, rows.with_predictions(ours, 0.9))
+    [line] = lines_of(tables.build(found, "1"), "bibtex", "cbmlc")
+    assert "(no bootstrap)\nvs lamp" in line["miF1 honest − best other"]
+    one = rows.read(tmp_path, ours)
+    [line] = lines_of(tables.build(one, "1"), "bibtex", "cbmlc")
+    assert line["miF1 honest − best other"] == "no other"
+
+
+def test_other_noise_settings_and_other_data_are_no_rivals(tmp_path):
+    ours = rows.make(noise="combined")
+    uniform = rows.make("lamp", noise="combined", noise__rates="uniform")
+    changed = rows.make("sleec", noise="combined") | {"fingerprint": "0" * 64}
+    found = rows.read(tmp_path, ours, uniform, changed)
+    for line in tables.build(found, "3").lines:
+        assert line.cells[-1].text in ("", "no other")
+
+
+def test_of_equal_runs_the_last_stands(tmp_path, capsys):
+    found = rows.read(tmp_path, rows.make(score=0.4), rows.make(score=0.6))
+    assert [g.mean("corrected_val", "miF1") for g in found.groups()] == [0.6]
+    assert "line 2 stands over an earlier run" in capsys.readouterr().err
+
+
+def test_predictions_of_another_run_are_refused(tmp_path):
+    row = rows.make()
+    record = rows.with_predictions(row, 0.9)
+    row["metrics"]["corrected_val"]["maF1"] += 0.001
+    with pytest.raises(records.RecordError, match="give maF1"):
+        rows.read(tmp_path, row, record).predictions(row)
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [("{", "is no JSON"), ("[1]", "no result row and no"), ('{"model": 1}', "dataset")],
+)
+def test_a_damaged_file_is_named_with_its_line(tmp_path, line, reason):
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n" + line + "\n")
+    with pytest.raises(records.RecordError, match=f"x.jsonl, line 2 .*{reason}"):
+        records.read([str(path)])
+
+
+@pytest.mark.parametrize("name", ["tables", "figures", "report"])
+def test_a_missing_file_is_one_sentence(tmp_path, name):
+    words = [sys.executable, "-m", f"experiments.{name}", "no-such.jsonl"]
+    words += [] if name == "tables" else [f"--output={tmp_path / 'out'}"]
+    done = subprocess.run(
+        words,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=running.ROOT,
+        env=running.environment(),
+    )
+    running.assert_one_sentence(done, "no-such.jsonl: No such file")
+    assert not list(tmp_path.iterdir())
+
+
+def test_markdown_has_a_line_a_group_and_no_stray_bars(tmp_path):
+    found = rows.read(tmp_path, rows.make("a|b"), rows.make("lamp"))
+    text = tables.markdown(tables.build(found, "1"))
+    widths = {line.replace("\\|", "").count("|") for line in text.splitlines()}
+    assert len(widths) == 1 and "a\\|b" in text
+
+
+def test_the_readme_has_the_table_of_the_rows(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x", "--table=runs", str(RESULTS)])
+    tables.main()
+    printed = capsys.readouterr().out
+    assert len(printed.splitlines()) > 50
+    assert printed in (running.ROOT / "experiments" / "README.md").read_text()
+
+
+def test_published_numbers_are_whole():
+    for numbers in (published.CLEAN, published.ABLATION):
+        for models in numbers.values():
+            for f1s in models.values():
+                assert len(f1s) == len(metrics.F1_NAMES)
+                assert all(0 < x < 1 for x in f1s)
+    for (_, kind, _), by_metric in published.BY_RATE.items():
+        for scores in by_metric.values():
+            assert len(scores) == len(published.RATES[kind])
