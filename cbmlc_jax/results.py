@@ -9,7 +9,7 @@ import numpy as np
 
 from cbmlc_jax import config as config_lib
 from cbmlc_jax import metrics, thresholds
-from cbmlc_jax.task import Task
+from cbmlc_jax.task import Task, split_from
 
 # Fields of a row that say how it was made, not what was found.
 PROVENANCE = ("seconds", "versions", "command")
@@ -69,6 +69,7 @@ def make_row(
             "validation": len(task.validation),
             "test": len(task.test),
         },
+        "split": split_from(config, task.dataset),
         "params": params,
         "seconds": seconds,
         "versions": versions() | {"device": device},
@@ -86,6 +87,7 @@ def report(
         + (f", preset {row['preset']}" if row["preset"] else ""),
         f"rows: {row['rows']['train']} train, {row['rows']['validation']} validation, "
         f"{row['rows']['test']} test; {row['params']:,} parameters",
+        f"test rows {row['split']['test']}, validation {row['split']['validation']}",
         (_pairs(selection["settings"]) or f"epoch {row['epoch']}")
         + ", "
         + (
