@@ -81,7 +81,8 @@ ALLOWED = PURE | {
         "task",
         "thresholds",
     },
-    "main": {"config", "errors", "fit", "predict", "run"},
+    "audit": {"config", "data", "embeddings", "files", "run", "task"},
+    "main": {"audit", "config", "errors", "fit", "predict", "run"},
 }
 
 

@@ -112,7 +112,7 @@ def load(settings, folder: str | None) -> Dataset:
         whole = Split(ids, whole.labels)
     train = np.flatnonzero(sides != TEST)
     validation = np.flatnonzero(sides[train] == VALIDATION)
-    stem = os.path.splitext(os.path.basename(settings.path))[0]
+    stem = os.path.splitext(os.path.basename(settings.path.split(",")[0]))[0]
     return Dataset(
         name=f"own:{stem}",
         train=whole.take(train),
