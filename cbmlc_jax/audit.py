@@ -264,11 +264,13 @@ def _report_rows(found: dict) -> Iterator[str]:
         f"equal training rows: {same['rows']} in {same['groups']} groups; "
         f"{same['groups_with_different_labels']} groups "
         f"({same['rows_with_different_labels']} rows) with different labels"
+        + (", such as (rows from 0)" if same["examples"] else "")
     )
     for example in same["examples"][:3]:
         one, other = (", ".join(labels) or "none" for labels in example["labels"])
         yield f"  rows {example['rows'][0]}: {one} | {example['rows'][1]}: {other}"
-    yield f"test rows that are training rows, too: {same['test_rows_that_are_in_train']}"
+    both = same["test_rows_that_are_in_train"]
+    yield f"test rows that are training rows, too: {both}"
     if few := found["near_empty"]:
         yield (
             f"near-empty training rows (at most {few['at_most']} features): "
@@ -287,8 +289,8 @@ def _report_labels(found: dict) -> Iterator[str]:
     else:
         coverage = vectors["coverage"]
         yield (
-            f"word vectors: {vectors['source']}, {vectors['dim']}-d; labels found whole "
-            f"{coverage['whole']}, in part {coverage['partial']}, not at all "
+            f"word vectors: {vectors['source']}, {vectors['dim']}-d; labels found "
+            f"whole {coverage['whole']}, in part {coverage['partial']}, not at all "
             f"{coverage['none']}"
         )
         if vectors["labels_without_vector"]:

@@ -29,9 +29,8 @@ def define_flags() -> None:
         lock_config=True,
     )
     text("workdir", None, "The run's folder; default runs/<config>-<noise>-<seed>.")
-    flags.DEFINE_enum(
-        "mode", "train", ("train", "eval", "predict", "data"), "What to do."
-    )
+    modes = ("train", "eval", "predict", "data")
+    flags.DEFINE_enum("mode", "train", modes, "What to do; data: describe the data.")
     text("input", None, "predict: rows as in training, or JSON lines.")
     text("output", None, "predict: JSON lines, default stdout; data: a JSON file.")
     flags.DEFINE_enum(
