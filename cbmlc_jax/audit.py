@@ -160,12 +160,12 @@ def _pairs(labels: np.ndarray, names: tuple[str, ...]) -> list[dict]:
     matrix = scipy.sparse.csr_array(labels.astype(np.int32))
     together = scipy.sparse.triu(matrix.T @ matrix, k=1).tocoo()
     positives = labels.sum(0, dtype=np.int64)
-    order = np.argsort(-together.data, kind="stable")[:SHOWN]
+    order = np.lexsort((together.col, together.row, -together.data))[:SHOWN]
     return [
         {
             "labels": [names[i], names[j]],
             "rows": int(count),
-            "share_of_rarer": round(int(count) / min(positives[i], positives[j]), 4),
+            "share_of_rarer": round(float(count / min(positives[i], positives[j])), 4),
         }
         for i, j, count in zip(
             together.row[order], together.col[order], together.data[order], strict=True
@@ -200,13 +200,13 @@ def _rates(config, dataset: Dataset, noisy: np.ndarray) -> dict:
     """
     if dataset.kind == "images":
         return {"skipped": "images are no rows of numbers before a network has run"}
-    matrix = dataset.train.inputs.matrix(len(dataset.feature_names))
-    stored = matrix.nnz if scipy.sparse.issparse(matrix) else matrix.size
+    stored = dataset.train.inputs.values.size
     if stored * noisy.shape[1] > MOST_WORK:
         return {
             "skipped": f"{stored} numbers x {noisy.shape[1]} labels would take long; "
             "training with config.noise.known=False estimates them"
         }
+    matrix = dataset.train.inputs.matrix(len(dataset.feature_names))
     found = run.estimated_rates(matrix, noisy, config.data.split_seed)
     return {
         "r0": round(found.r0, 5),

@@ -94,6 +94,7 @@ def load(settings, folder: str | None) -> Dataset:
             sides.append(np.full(len(parts[-1].split), side, np.int8))
     whole = _joined([part.split for part in parts])
     sides = np.concatenate(sides)
+    _check_labels(whole.labels[sides == TRAIN], settings.path)
     test_from = "given"
     if not (sides == TEST).any():
         rows = np.flatnonzero(sides == TRAIN)
@@ -102,7 +103,6 @@ def load(settings, folder: str | None) -> Dataset:
             f"drawn (stratified, fraction {settings.test_fraction:g}, seed "
             f"{settings.split_seed})"
         )
-    _check_labels(whole.labels[sides == TRAIN], settings.path)
     feature_names = first.feature_names
     if reader.words is not None:
         feature_names, place = _vocabulary(
