@@ -27,13 +27,14 @@ class _Lines:
     """The rows of a file as scikit-learn reads them, each with the label 0.
 
     Attributes:
+        path: of the file.
         header: (rows, features, labels), or None.
         numbers: line of each row, from 1.
         number: of the line that was read last.
     """
 
     def __init__(self, path: str, labels):
-        self._path, self._labels = path, labels
+        self.path, self._labels = path, labels
         self.header: tuple[int, ...] | None = None
         self.numbers = array.array("q")
         self.number = 0
@@ -43,7 +44,7 @@ class _Lines:
         raise NotImplementedError
 
     def __iter__(self) -> Iterator[bytes]:
-        for number, line in tables.byte_lines(self._path):
+        for number, line in tables.byte_lines(self.path):
             self.number = number
             if self.number == 1 and (found := _HEADER.fullmatch(line)):
                 self.header = tuple(map(int, found.groups()))
@@ -57,7 +58,7 @@ class _Lines:
                 first, _, rest = line.partition(b"\t")
             if b":" in first:
                 first, rest = b"", line
-            self._labels.add(self._ids(first), f"{self._path}, line {self.number}")
+            self._labels.add(self._ids(first), f"{self.path}, line {self.number}")
             self.numbers.append(self.number)
             yield b"0 " + rest
 
@@ -66,7 +67,7 @@ class _Lines:
             return [_whole(part) for part in cell.split(b",") if part]
         except ValueError:
             raise DataError(
-                f"{self._path}, line {self.number}: the labels {_short(cell)} are not "
+                f"{self.path}, line {self.number}: the labels {_short(cell)} are not "
                 "numbers from 0 on with commas between them; leave them out where a "
                 "row has none"
             ) from None
@@ -121,28 +122,37 @@ def read(
                 "number them without gaps, or hash them to fewer"
             )
         feature_names = tuple(map(str, range(first, first + size)))
-    first, size = int(feature_names[0]), len(feature_names)
-
-    def check(wrong: np.ndarray, problem: str) -> None:
-        if wrong.any():
-            place = int(wrong.argmax())
-            row = int(np.searchsorted(matrix.indptr, place, side="right")) - 1
-            raise DataError(
-                f"{path}, line {source.numbers[row]}: feature {indices[place]} "
-                f"{problem.format(matrix.data[place])}"
-            )
-
-    check(
-        (indices < first) | (indices >= first + size),
-        f"is out of range, {first} to {first + size - 1}: leave it out, or train on a "
-        "file that has it",
-    )
-    check(~np.isfinite(matrix.data), "is {}, not a finite number: leave it out")
+    first = int(feature_names[0])
+    _check(matrix, first, first + len(feature_names), source)
     values = indices.astype(np.int32, copy=False)
     if first:
         values = values - np.int32(first)
     rows = Ragged(values, matrix.indptr.astype(np.int64), matrix.data)
     return rows, feature_names, header[2] if header else None
+
+
+def _check(matrix, first: int, end: int, source: _Lines) -> None:
+    """Refuses features outside of first .. end - 1, and values that are not finite.
+
+    Raises:
+        DataError: names the line of the first of them.
+    """
+    indices = matrix.indices
+    for wrong, problem in (
+        (
+            (indices < first) | (indices >= end),
+            f"is out of range, {first} to {end - 1}: leave it out, or train on a file "
+            "that has it",
+        ),
+        (~np.isfinite(matrix.data), "is {}, not a finite number: leave it out"),
+    ):
+        if wrong.any():
+            place = int(wrong.argmax())
+            row = int(np.searchsorted(matrix.indptr, place, side="right")) - 1
+            raise DataError(
+                f"{source.path}, line {source.numbers[row]}: feature {indices[place]} "
+                + problem.format(matrix.data[place])
+            )
 
 
 def _whole(cell: bytes) -> int:
