@@ -200,7 +200,7 @@ def test_an_array_that_claims_more_than_it_has_is_not_allocated(tmp_path):
     claimed = content.replace(b"(4, 2), }            ", b"(4, 2000000000000), }", 1)
     assert claimed != content
     path.write_bytes(claimed)
-    assert "cannot be read as npz" in problem(path)
+    assert "features.npy claims more than it has" in problem(path)
 
 
 def test_a_line_without_an_end_is_not_read_whole(tmp_path, monkeypatch):
