@@ -79,6 +79,8 @@ def test_what_is_counted_by_hand(kind, monkeypatch):
         {"rows": [0, 1], "labels": [["cat", "dog", "sky"], ["cat", "sky"]]}
     ]
     assert same["test_rows_that_are_in_train"] == 2
+    alike = audit._duplicates(audit._digests(inputs), np.zeros((5, 4), np.uint8), data)
+    assert alike["groups"] == 1 and alike["groups_with_different_labels"] == 0
     few = found["near_empty"]
     assert few["rows"] == 2 and few["empty"] == 1 and few["examples"] == [2, 4]
     first = found["pairs"][0]
