@@ -72,6 +72,7 @@ ALLOWED = PURE | {
         "thresholds",
     },
     "predict": {
+        "config",
         "data",
         "files",
         "models",
