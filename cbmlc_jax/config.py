@@ -16,6 +16,7 @@ from ml_collections.config_dict import FieldReference, placeholder
 from cbmlc_jax.limits import (
     CHOICES,
     ENCODERS_OF,
+    ENCODERS_OF_KIND,
     NETWORKS,
     PUBLISHED,
     RANGES,
@@ -38,6 +39,20 @@ def base() -> ml_collections.ConfigDict:
     c.data.variant = ""  # rcv1: standard, swapped, subsets; voc: full, partial
     c.data.tokens = False  # rcv1: sequences of words instead of tf-idf weights
     c.data.dir = placeholder(str)  # folder of data; default $CBMLC_DATA_DIR
+    # Of name=own; README.md has a table of the formats.
+    c.data.path = ""  # the rows, or those for training; npz: "features,labels"
+    c.data.test_path = ""  # default: test rows by split_column, or a part that is drawn
+    c.data.validation_path = ""  # default: by split_column, or drawn
+    c.data.format = ""  # see CHOICES; default: by the ending of the path
+    c.data.text_column = ""  # tables (csv, tsv, jsonl): what the rows are: texts, or
+    c.data.image_column = ""  # files of images, relative to that of the table, or
+    c.data.feature_columns = ""  # numbers: "age,word_*"; default: all other columns
+    c.data.label_column = ""  # a list of labels, or text with `separator`, or
+    c.data.label_columns = ""  # columns of 0 and 1: "sport,is_*"
+    c.data.separator = ","  # between labels
+    c.data.split_column = ""  # cells train, validation, test
+    c.data.label_file = ""  # name<TAB>phrase for the word vectors; Mulan's XML
+    c.data.test_fraction = 0.2  # of the rows, stratified, where no test rows are given
     c.data.cache_dir = placeholder(str)  # of features; default $CBMLC_CACHE_DIR
     c.data.validation_fraction = 0.1  # floor(fraction * N) rows of train
     c.data.validation_size = placeholder(int)  # rows; stands over the fraction
@@ -76,7 +91,7 @@ def base() -> ml_collections.ConfigDict:
     c.model.readout_tying = False  # readout weights = initial label nodes
     c.model.intermediate_weight = 0.2  # of the losses after every update but the last
     c.model.encoder = ml_collections.ConfigDict()
-    c.model.encoder.name = "set"  # see ENCODERS_OF
+    c.model.encoder.name = "set"  # see ENCODERS_OF; auto: the one for the rows
     c.model.encoder.layers = 2  # of set, sequence and dense
     c.model.encoder.self_attention = True  # False: LaMP's encoder as published
     c.model.encoder.embedding_std = 1.0  # of the token embeddings at the start
@@ -282,6 +297,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
         )
     if flat["embeddings.source"] == "file" and not flat["embeddings.path"]:
         raise ConfigError("config.embeddings.source=file needs config.embeddings.path")
+    _check_own(flat)
     _check_encoder(flat)
     name = flat["model.name"]
     if (flat["model.label_graph"] == "correlation") != (name == "ml_gcn"):
@@ -301,10 +317,60 @@ def validate(config: ml_collections.ConfigDict) -> None:
         )
 
 
+def settled(config: ml_collections.ConfigDict, kind: str) -> ml_collections.ConfigDict:
+    """The config with the encoder `auto` replaced by the one for the rows.
+
+    Args:
+        config: validated.
+        kind: of the inputs, `Dataset.kind`.
+
+    Raises:
+        ConfigError: encoder, model and rows do not go together; or the rows are
+            images, for which `auto` does not choose a network.
+    """
+    allowed, chosen = ENCODERS_OF_KIND[kind], config.model.encoder.name
+    if chosen in allowed:
+        return config
+    if chosen != "auto" or kind == "images":
+        raise ConfigError(
+            f"config.model.encoder.name={chosen} does not read rows that are {kind}: "
+            f"choose one of {', '.join(allowed)}"
+        )
+    config = config.copy_and_resolve_references()
+    config.model.encoder.name = allowed[0]
+    validate(config)
+    return config
+
+
+def _check_own(flat: dict[str, object]) -> None:
+    """Whether it is said where a user's own data are."""
+    if flat["data.name"] != "own":
+        return
+    if not flat["data.path"]:
+        raise ConfigError(
+            "config.data.path is not set: give the file of your rows (README.md, Own "
+            "data, says which formats there are)"
+        )
+    for one, other in (
+        ("text_column", "image_column"),
+        ("text_column", "feature_columns"),
+        ("image_column", "feature_columns"),
+        ("label_column", "label_columns"),
+    ):
+        if flat[f"data.{one}"] and flat[f"data.{other}"]:
+            raise ConfigError(
+                f"config.data.{one} and config.data.{other} are both set: unset one"
+            )
+    if not flat["data.separator"]:
+        raise ConfigError("config.data.separator is empty: give what is between labels")
+
+
 def _check_encoder(flat: dict[str, object]) -> None:
     """Whether encoder, data set and model go together."""
     encoder, data = flat["model.encoder.name"], flat["data.name"]
     name = flat["model.name"]
+    if encoder == "auto":
+        return  # `settled` looks again when the rows are read
     if encoder not in ENCODERS_OF[data]:
         raise ConfigError(
             f"config.model.encoder.name={encoder} does not read {data}: choose one of "

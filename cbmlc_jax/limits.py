@@ -22,10 +22,20 @@ ENCODERS_OF = {
     "rcv1": TOKENS,
     "emotions": ("dense",),
     "voc": NETWORKS,
+    "own": (*TOKENS, "dense", *NETWORKS),
+}
+# Kind of inputs (Dataset.kind) -> encoders that read it, the one for `auto` first.
+ENCODERS_OF_KIND = {
+    "set": TOKENS,
+    "weighted": TOKENS,
+    "sequence": TOKENS[::-1],
+    "numbers": ("dense",),
+    "images": NETWORKS,
 }
 # Key -> allowed values.
 CHOICES = {
     "data.name": tuple(ENCODERS_OF),
+    "data.format": ("", "arff", "csv", "jsonl", "npz", "svmlight", "tsv"),
     "data.difficult": ("positive", "ignore", "negative"),
     "noise.kind": ("none", "ncar", "nar", "single_positive", "combined"),
     "noise.rates": ("fixed", "uniform"),
@@ -45,7 +55,7 @@ CHOICES = {
         "mlknn",
         "sleec",
     ),
-    "model.encoder.name": (*TOKENS, "dense", *NETWORKS),
+    "model.encoder.name": ("auto", *TOKENS, "dense", *NETWORKS),
     "model.label_graph": ("complete", "self", "cooccurrence", "file", "correlation"),
     "loss.name": ("asl", "bce", "hill", "splc", "large_loss", "forward"),
     "loss.reduction": ("sum", "mean"),
@@ -58,6 +68,7 @@ CHOICES = {
 RANGES = {
     "data.validation_fraction": (0.0, 0.9),
     "data.validation_size": (1, None),
+    "data.test_fraction": (0.0, 0.9),
     "data.length_buckets": (1, None),
     "data.side": (32, 2048),
     "data.workers": (0, 64),

@@ -29,9 +29,10 @@ def define_flags() -> None:
         lock_config=True,
     )
     text("workdir", None, "The run's folder; default runs/<config>-<noise>-<seed>.")
-    flags.DEFINE_enum("mode", "train", ("train", "eval", "predict"), "What to do.")
-    text("input", None, "predict: ARFF of the same header, or JSON lines.")
-    text("output", None, "predict: JSON lines; default standard output.")
+    modes = ("train", "eval", "predict", "data")
+    flags.DEFINE_enum("mode", "train", modes, "What to do; data: describe the data.")
+    text("input", None, "predict: rows as in training, or JSON lines.")
+    text("output", None, "predict: JSON lines, default stdout; data: a JSON file.")
     flags.DEFINE_enum(
         "protocol",
         "auto",
@@ -69,6 +70,11 @@ def main(argv: list[str]) -> None:
             threshold=values.threshold,
             top_k=values.top_k,
         )
+        return
+    if values.mode == "data":
+        from cbmlc_jax import audit
+
+        audit.run_audit(config, values.output)
         return
     if values.mode == "eval":
         from cbmlc_jax import run as run_lib

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from cbmlc_jax import config as config_lib
 from cbmlc_jax import files, models, reading, systems, task, thresholds
 from cbmlc_jax import run as run_lib
 from cbmlc_jax.data.dataset import DataError, Inputs
@@ -35,7 +36,8 @@ class Predictor:
             raise run_lib.RunError(f"{path} cannot be read: {error}") from error
         self.label_names = inputs["label_names"]
         self.feature_names = inputs["feature_names"]
-        self._kind, self._side = inputs["kind"], config.data.side
+        self._kind = inputs["kind"]
+        config = config_lib.settled(config, self._kind)
         self._config, num_features = config, inputs["num_features"]
         meta = models.Meta(
             num_features=num_features,
@@ -68,8 +70,9 @@ class Predictor:
         Raises:
             DataError: names the file and the line.
         """
+        data = self._config.data
         return reading.read(
-            path, self._kind, self.feature_names, self.label_names, self._side
+            path, self._kind, self.feature_names, self.label_names, data
         )
 
 

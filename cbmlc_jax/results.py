@@ -10,7 +10,7 @@ import numpy as np
 import cbmlc_jax
 from cbmlc_jax import config as config_lib
 from cbmlc_jax import metrics, thresholds
-from cbmlc_jax.task import Task
+from cbmlc_jax.task import Task, split_from
 
 # Fields of a row that say how it was made, not what was found.
 PROVENANCE = ("seconds", "versions", "command")
@@ -73,6 +73,7 @@ def make_row(
             "validation": len(task.validation),
             "test": len(task.test),
         },
+        "split": split_from(config, task.dataset),
         "params": params,
         "seconds": seconds,
         "versions": versions() | {"device": device},
@@ -90,6 +91,7 @@ def report(
         + (f", preset {row['preset']}" if row["preset"] else ""),
         f"rows: {row['rows']['train']} train, {row['rows']['validation']} validation, "
         f"{row['rows']['test']} test; {row['params']:,} parameters",
+        f"test rows {row['split']['test']}, validation {row['split']['validation']}",
         (_pairs(selection["settings"]) or f"epoch {row['epoch']}")
         + ", "
         + (

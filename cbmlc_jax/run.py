@@ -70,8 +70,9 @@ class Run:
         task: task_lib.Task | None = None,
         out_of_fold: OutOfFold | None = None,
     ):
-        self.config, self.workdir, self.out_of_fold = config, workdir, out_of_fold
+        self.workdir, self.out_of_fold = workdir, out_of_fold
         self.task = task or _built(config)
+        self.config = config = config_lib.settled(config, self.task.dataset.kind)
         self.system = systems.create(
             config, self.task.meta, self.task.widths, self.task.graph
         )
@@ -209,35 +210,39 @@ def _built(config) -> task_lib.Task:
     task = task_lib.build(config)
     if config.noise.known:
         return task
-    return dataclasses.replace(task, rates=estimated_rates(config, task))
+    if not task.meta.num_features:
+        raise RunError(
+            "config.noise.known=False estimates the rates from rows of numbers: freeze "
+            "all of the image network and set config.model.encoder.cache_features=True"
+        )
+    rows = task.inputs.matrix(task.meta.num_features)
+    found = estimated_rates(rows, task.noisy, config.data.split_seed)
+    return dataclasses.replace(task, rates=found.rates)
 
 
-def estimated_rates(config, task: task_lib.Task) -> thresholds.Rates:
+def estimated_rates(
+    rows: scipy.sparse.csr_array | np.ndarray, noisy: np.ndarray, seed: int
+) -> rates.Estimate:
     """Noise rates of the training labels by `rates.estimate`, whatever the model.
 
     The scores are those of logistic regression, each row's by one that was fitted on
     the other four fifths.
 
-    Raises:
-        RunError: the inputs are not rows of numbers.
+    Args:
+        rows: float32 [N, F] inputs.
+        noisy: uint8 [N, L] their labels.
+        seed: of the folds.
     """
-    inputs, width = task.inputs, task.meta.num_features
-    if not width:
-        raise RunError(
-            "config.noise.known=False estimates the rates from rows of numbers: freeze "
-            "all of the image network and set config.model.encoder.cache_features=True"
-        )
-    rows = inputs.matrix(width)
     # Of the C that validation chooses from: in the middle, and the lowest for dense
     # rows, which have many numbers for few rows.
     model = LogisticRegression(1.0 if scipy.sparse.issparse(rows) else 0.1)
-    scores = np.empty(task.noisy.shape, np.float32)
-    order = rngs.generator(config.data.split_seed, "rates").permutation(len(scores))
+    scores = np.empty(noisy.shape, np.float32)
+    order = rngs.generator(seed, "rates").permutation(len(scores))
     for held_out in np.array_split(order, 5):
         others = np.setdiff1d(order, held_out)
-        params = model.fit(rows[others], task.noisy[others])
+        params = model.fit(rows[others], noisy[others])
         scores[held_out] = model.scores(params, rows[held_out])
-    return rates.estimate(scores, task.noisy).rates
+    return rates.estimate(scores, noisy)
 
 
 def choose_epoch(history: list[dict]) -> int:

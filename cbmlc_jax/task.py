@@ -66,12 +66,30 @@ def build(config) -> Task:
     Raises:
         DataError, EmbeddingError, WeightsError: see there.
     """
-    folder = config_lib.data_dir(config)
-    dataset = pipeline.load(config.data, folder)
+    dataset = load(config)
+    config = config_lib.settled(config, dataset.kind)
     inputs, test = model_inputs(config, dataset.train.inputs, dataset.test.inputs)
     test = dataclasses.replace(dataset.test, inputs=test)
+    noisy = noisy_labels(config, dataset)
+    train_rows, validation_rows = rows(config, dataset, noisy)
+    vectors, found = _label_vectors(config, dataset)
+    whole = (dataset, inputs, test, noisy, vectors, found)
+    return _on_rows(config, whole, train_rows, validation_rows)
+
+
+def load(config) -> pipeline.Dataset:
+    """The data set of the config, clean.
+
+    Raises:
+        DataError: see `pipeline.load`.
+    """
+    return pipeline.load(config.data, config_lib.data_dir(config))
+
+
+def noisy_labels(config, dataset: pipeline.Dataset) -> np.ndarray:
+    """uint8 [N, L]: labels of all official training rows, with the config's noise."""
     # Coins belong to the official row, so that the split does not change them.
-    noisy = noise.inject(
+    return noise.inject(
         rngs.stream(config.noise.seed, "noise"),
         dataset.train.labels,
         config.noise.kind,
@@ -79,20 +97,44 @@ def build(config) -> Task:
         rates=config.noise.rates,
         keep_one=config.noise.keep_one,
     )
+
+
+def rows(
+    config, dataset: pipeline.Dataset, noisy: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows for training and for validation; under cross-fitting all, twice.
+
+    Raises:
+        DataError: one of the sides would be empty.
+    """
     everything = np.arange(len(noisy))
     if config.train.crossfit:
-        train_rows = validation_rows = everything
+        return everything, everything
+    if dataset.validation is not None:
+        return np.setdiff1d(everything, dataset.validation), dataset.validation
+    return pipeline.split_rows(
+        noisy,
+        fraction=config.data.validation_fraction,
+        size=config.data.validation_size,
+        seed=config.data.split_seed,
+        stratified=config.data.stratified,
+    )
+
+
+def split_from(config, dataset: pipeline.Dataset) -> dict[str, str]:
+    """Where test and validation rows come from, in words, for the result row."""
+    data = config.data
+    if config.train.crossfit:
+        validation = f"cross-fitting, {config.train.crossfit} folds"
+    elif dataset.validation is not None:
+        validation = "given"
     else:
-        train_rows, validation_rows = pipeline.split_rows(
-            noisy,
-            fraction=config.data.validation_fraction,
-            size=config.data.validation_size,
-            seed=config.data.split_seed,
-            stratified=config.data.stratified,
-        )
-    vectors, found = _label_vectors(config, dataset, folder)
-    whole = (dataset, inputs, test, noisy, vectors, found)
-    return _on_rows(config, whole, train_rows, validation_rows)
+        how = "stratified" if data.stratified else "at random"
+        share = f"fraction {data.validation_fraction:g}"
+        if data.validation_size is not None:
+            share = f"{data.validation_size} rows"
+        validation = f"drawn ({how}, {share}, seed {data.split_seed})"
+    return {"test": dataset.test_from, "validation": validation}
 
 
 def model_inputs(
@@ -142,23 +184,32 @@ def fold(config, task: Task, held_out: np.ndarray) -> Task:
     return dataclasses.replace(part, rates=task.rates)
 
 
-def _label_vectors(config, dataset, folder) -> tuple[np.ndarray, dict | None]:
-    """Word vectors [L, P] and what was found; [L, 1] zeros for models without."""
-    if config.model.name not in READS_LABEL_VECTORS:
-        return np.zeros((len(dataset.label_names), 1), np.float32), None
-    vocabulary = embeddings.load(
+def vocabulary(config, dataset: pipeline.Dataset) -> embeddings.Vocabulary:
+    """The word vectors of the config, of the words of the data set's labels.
+
+    Raises:
+        EmbeddingError: see `embeddings.load`.
+    """
+    return embeddings.load(
         config.embeddings.source,
         words=dataset.label_texts,
         path=config.embeddings.path,
         name=config.embeddings.name,
-        data_dir=folder,
+        data_dir=config_lib.data_dir(config),
         width=config.model.width,
         own=dataset.word_vectors,
     )
-    vectors, coverage = embeddings.label_vectors(dataset.label_texts, vocabulary)
+
+
+def _label_vectors(config, dataset) -> tuple[np.ndarray, dict | None]:
+    """Word vectors [L, P] and what was found; [L, 1] zeros for models without."""
+    if config.model.name not in READS_LABEL_VECTORS:
+        return np.zeros((len(dataset.label_names), 1), np.float32), None
+    known = vocabulary(config, dataset)
+    vectors, coverage = embeddings.label_vectors(dataset.label_texts, known)
     return vectors, {
-        "source": vocabulary.source,
-        "dim": vocabulary.width,
+        "source": known.source,
+        "dim": known.width,
         "coverage": coverage,
     }
 

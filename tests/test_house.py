@@ -78,6 +78,7 @@ ALLOWED = PURE | {
         "thresholds",
     },
     "predict": {
+        "config",
         "data",
         "files",
         "models",
@@ -87,7 +88,8 @@ ALLOWED = PURE | {
         "task",
         "thresholds",
     },
-    "main": {"config", "errors", "fit", "predict", "run"},
+    "audit": {"config", "data", "embeddings", "files", "run", "task"},
+    "main": {"audit", "config", "errors", "fit", "predict", "run"},
 }
 
 

@@ -25,6 +25,7 @@ PRESETS = {
     "reuters": ("fast",),
     "rcv1": ("sequence", "subsets"),
     "voc": ("frozen", "last_stage"),
+    "own": ("images",),
 }
 CONFIGS = [
     (path, preset)

@@ -14,6 +14,7 @@ import scipy.sparse
 # The first feature name of a data set of sequences: ids in order, repeats kept, and
 # this one for every word without a name.  Other data sets are of sets.
 UNKNOWN = "<unk>"
+TAKEN = 1 << 16  # rows that Ragged.take copies at once
 
 
 class DataError(ValueError):
@@ -89,13 +90,24 @@ class Ragged:
 
     def take(self, rows: np.ndarray) -> Ragged:
         """The given rows, in the given order."""
-        lengths = self.lengths[rows]
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        # Position inside the result minus the row's start there, plus its start here.
-        shift = np.repeat(self.offsets[:-1][rows] - offsets[:-1], lengths)
-        index = np.arange(offsets[-1]) + shift
-        weights = None if self.weights is None else self.weights[index]
-        return Ragged(self.values[index], offsets, weights)
+        offsets = np.concatenate([[0], np.cumsum(self.lengths[rows])])
+        values = np.empty(offsets[-1], self.values.dtype)
+        weights = None
+        if self.weights is not None:
+            weights = np.empty(offsets[-1], self.weights.dtype)
+        # In pieces: the numbers of places take more memory than what lies there.
+        for start in range(0, len(rows), TAKEN):
+            bounds = offsets[start : start + TAKEN + 1]
+            here = slice(bounds[0], bounds[-1])
+            # Position inside the result minus the row's start there, plus its start
+            # here.
+            first = self.offsets[:-1][rows[start : start + TAKEN]]
+            index = np.arange(bounds[0], bounds[-1])
+            index += np.repeat(first - bounds[:-1], np.diff(bounds))
+            values[here] = self.values[index]
+            if weights is not None:
+                weights[here] = self.weights[index]
+        return Ragged(values, offsets, weights)
 
     def matrix(self, num_features: int) -> scipy.sparse.csr_array:
         """float32 [N, num_features]: how often, or how much, each id counts."""
@@ -226,6 +238,9 @@ class Dataset:
         feature_names: F names; input ids index them.
         label_texts: L names as read by a person ("2005"), for the word vectors.
         word_vectors: the data set's own word vectors, or None (only `synthetic`).
+        validation: int [n] rows of `train` that are set aside for validation, or None:
+            they are drawn.
+        test_from: where the test rows come from, for the result row.
     """
 
     name: str
@@ -235,6 +250,8 @@ class Dataset:
     feature_names: tuple[str, ...]
     label_texts: tuple[str, ...]
     word_vectors: dict[str, np.ndarray] | None = None
+    validation: np.ndarray | None = None
+    test_from: str = "published"
 
     @property
     def kind(self) -> str:

@@ -17,8 +17,7 @@ def load(settings, folder: str | None = None) -> Dataset:
     """Reads the data set that config.data describes.
 
     Args:
-        settings: config.data; `name`, and for some data sets `variant`, `sequences`,
-            `side`, `difficult` and `split_seed`.
+        settings: config.data; `name`, and what the data set of that name reads.
         folder: a data folder; None for the prepared cache or the download.
 
     Raises:
@@ -63,6 +62,12 @@ def _voc(settings, folder) -> Dataset:
     )
 
 
+def _own(settings, folder) -> Dataset:
+    from cbmlc_jax.data import own
+
+    return own.load(settings, folder)
+
+
 READERS = {
     "synthetic": _synthetic,
     "bibtex": _mulan,
@@ -71,6 +76,7 @@ READERS = {
     "reuters": _reuters,
     "rcv1": _rcv1,
     "voc": _voc,
+    "own": _own,
 }
 
 
@@ -81,6 +87,7 @@ def split_rows(
     size: int | None,
     seed: int,
     stratified: bool = False,
+    stream: str = "split",
 ) -> tuple[Int[np.ndarray, " train"], Int[np.ndarray, " validation"]]:
     """Draws floor(fraction * N) validation rows (or `size`) with a seed of their own.
 
@@ -90,6 +97,7 @@ def split_rows(
         size: number of rows; stands over `fraction`.
         seed: of the split alone.
         stratified: spread each label's positives over both sides, rarest first.
+        stream: name of the random stream, another one for another split.
 
     Returns:
         Row numbers of training and validation, both ascending.
@@ -104,7 +112,7 @@ def split_rows(
             f"{wanted} validation rows of {total} training rows: set "
             "config.data.validation_size between 1 and one less than these"
         )
-    order = rngs.generator(seed, "split").permutation(total)
+    order = rngs.generator(seed, stream).permutation(total)
     if stratified:
         chosen = _stratified(labels[order] != 0, wanted)
         validation = np.sort(order[chosen])
