@@ -9,9 +9,11 @@ JOB.npz has `settings` (JSON: num_heads, dropout, loss and optimizer settings),
 `params/<path>` (ours, as linen names them) and `batch/<n>/{tokens,labels,mask}`.
 Commands come as lines on the standard input, each is answered by a line of JSON:
 
-    parity N     -> {"loss", "grad_norm", "logits"}: batch N without dropout, nothing
-                    changes; `logits` names an .npy file beside the job
-    step A B     -> {"seconds": [...]} of B - A training steps, on batches A to B - 1
+    parity N       -> {"losses", "grad_norm", "logits"} of batch N in float32, without
+                      dropout: the loss before and after a step of the optimizer, the
+                      norm of the gradient before it, an .npy file of the logits before
+    step N N ...   -> {"seconds", "cpu", "peak_mb"} of a training step on each of these
+                      batches: lists of wall and processor seconds, memory so far
 
 and the end of the input ends it.  While it waits for a command it does not compute.
 """
@@ -53,8 +55,8 @@ class Attention(nn.Module):
     def forward(self, x, memory, mask):
         """x: [B, N, d] or [L, d], projected once; memory [B, S, d]; mask of keys."""
         if not self.fused:
-            q, k, v = F.linear(x, self.q), F.linear(memory, self.k), None
-            v = F.linear(memory, self.v)
+            q = F.linear(x, self.q)
+            k, v = F.linear(memory, self.k), F.linear(memory, self.v)
         elif x is memory:
             q, k, v = F.linear(x, self.qkv).chunk(3, -1)
         else:
@@ -225,35 +227,41 @@ class Peer:
             torch._dynamo.config.recompile_limit = 64
             self._objective = torch.compile(objective, dynamic=False)
 
-    def step(self, number: int) -> float:
-        """One training step; returns its seconds."""
+    def step(self, number: int) -> tuple[float, float]:
+        """One training step; returns its seconds and those of the processors."""
         self._model.train()
-        batch = self._batches[number % len(self._batches)]
-        start = time.perf_counter()
+        batch = self._batches[number]
+        start, cpu = time.perf_counter(), time.process_time()
         self._optimizer.zero_grad(set_to_none=True)
         arguments = (self._model, self._settings, batch, self._autocast)
         loss, _ = self._objective(*arguments)
         loss.backward()
         self._optimizer.step()
         loss.item()
-        return time.perf_counter() - start
+        return time.perf_counter() - start, time.process_time() - cpu
 
     def parity(self, number: int) -> dict:
-        """Loss, norm of the gradient and logits of a batch, without dropout."""
+        """What ours has to agree with; changes the parameters by one update."""
         self._model.eval()
-        self._optimizer.zero_grad(set_to_none=True)
-        loss, logits = objective(
-            self._model, self._settings, self._batches[number], self._autocast
-        )
-        loss.backward()
-        norms = [p.grad.norm() for p in self._model.parameters()]
-        path = self._path + ".logits.npy"
-        np.save(path, logits.detach().numpy())
-        return {
-            "loss": loss.item(),
-            "grad_norm": torch.stack(norms).norm().item(),
-            "logits": path,
-        }
+        losses = []
+        for _ in range(2):
+            self._optimizer.zero_grad(set_to_none=True)
+            loss, logits = objective(
+                self._model,
+                self._settings,
+                self._batches[number],
+                contextlib.nullcontext,
+            )
+            loss.backward()
+            losses.append(loss.item())
+            if len(losses) == 1:
+                norms = [p.grad.norm() for p in self._model.parameters()]
+                first = logits.detach().numpy()
+                self._optimizer.step()
+        path = f"{self._path}.logits.npy"
+        np.save(path, first)
+        norm = torch.stack(norms).norm().item()
+        return {"losses": losses, "grad_norm": norm, "logits": path}
 
 
 def _nested(arrays: dict) -> dict:
@@ -289,9 +297,9 @@ def main(arguments: list[str]) -> None:
         if name == "parity":
             answer(peer.parity(*numbers))
         elif name == "step":
-            seconds = [peer.step(n) for n in range(*numbers)]
+            seconds, cpu = zip(*(peer.step(n) for n in numbers), strict=True)
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            answer({"seconds": seconds, "peak_mb": round(peak)})
+            answer({"seconds": seconds, "cpu": cpu, "peak_mb": round(peak)})
         else:
             sys.exit(f"unknown command {name!r}")
 
