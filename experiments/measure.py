@@ -15,7 +15,6 @@ from cbmlc_jax.data import pipeline
 
 # (m, k, n) of the products of the peak: square ones, and one of a layer's shape.
 GEMMS = ((1024, 1024, 1024), (2048, 2048, 2048), (4096, 4096, 4096), (8192, 1024, 1024))
-GEMM_SECONDS = 1.0
 
 
 def matmul_flops(config, lengths: np.ndarray, meta: models.Meta) -> float:
@@ -56,18 +55,24 @@ def matmul_flops(config, lengths: np.ndarray, meta: models.Meta) -> float:
     return 3.0 * (settings.encoder.layers * encoder + decoder)
 
 
-def gemm_peak(dtype) -> float:
-    """The best GFLOP/s of a [m, k] x [k, n] product over GEMMS, summed in float32."""
+def gemm_peak(dtype, seconds: float) -> float:
+    """The best GFLOP/s of a [m, k] x [k, n] product over GEMMS, summed in float32.
+
+    Args:
+        dtype: of both matrices.
+        seconds: for each shape, and one product at least.
+    """
     product = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.float32))
     best = 0.0
     for m, k, n in GEMMS:
         a, b = jnp.ones((m, k), dtype), jnp.ones((k, n), dtype)
         product(a, b).block_until_ready()
-        end = time.perf_counter() + GEMM_SECONDS
-        while (start := time.perf_counter()) < end:
+        end, now = time.perf_counter() + seconds, 0.0
+        while now < end:
+            start = time.perf_counter()
             product(a, b).block_until_ready()
-            rate = 2e-9 * m * k * n / (time.perf_counter() - start)
-            best = max(best, rate)
+            now = time.perf_counter()
+            best = max(best, 2e-9 * m * k * n / (now - start))
     return best
 
 
