@@ -53,7 +53,6 @@ from cbmlc_jax.data import pipeline
 from experiments import measure, peers
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-DTYPES = (jnp.float32, jnp.bfloat16)
 GROWTH = ("labels", "tokens")
 
 
@@ -65,7 +64,7 @@ def define_flags() -> None:
     text("peer_python", sys.executable, "A Python that has torch.")
     flags.DEFINE_integer("steps", 24, "Timed steps.", 1)
     flags.DEFINE_integer("block", 2, "Steps of one side before the other's turn.", 1)
-    flags.DEFINE_float("gemm_seconds", 1.0, "For each shape of the peak.", 0.0)
+    flags.DEFINE_float("gemm_seconds", 1.0, "Each shape of the peak; 0: skip.", 0.0)
     flags.DEFINE_float("tolerance", 1e-4, "Of the parity with a peer, relative.", 0.0)
     flags.FLAGS(sys.argv, known_only=True)
     path = _config_path(flags.FLAGS.case)
@@ -111,6 +110,13 @@ def _data(case: str, config) -> task_lib.Task:
     return grown(config, *growth) if growth else task_lib.build(config)
 
 
+def _gemm_peaks() -> list[float]:
+    """GFLOP/s from float32 and from bfloat16; nothing where --gemm_seconds=0."""
+    seconds = flags.FLAGS.gemm_seconds
+    dtypes = (jnp.float32, jnp.bfloat16) if seconds else ()
+    return [measure.gemm_peak(dtype, seconds) for dtype in dtypes]
+
+
 def step_lines(case: str, config) -> Iterator[dict]:
     """Our step alone, or in turns with each peer: one line each."""
     values = flags.FLAGS
@@ -118,7 +124,7 @@ def step_lines(case: str, config) -> Iterator[dict]:
     if names:
         peers.check(config)
     data = _data(case, config)
-    gemm = {d: measure.gemm_peak(d, values.gemm_seconds) for d in DTYPES}
+    gemm = _gemm_peaks()
     measure.reset_peak()
     ours = measure.Ours(config, data, values.steps)
     numbers = list(range(values.steps))
@@ -127,13 +133,13 @@ def step_lines(case: str, config) -> Iterator[dict]:
         ours.step(number)
     alone = [ours.step(n) for n in numbers] if not names else []
     memory = measure.peak_mb()
-    for dtype, before in gemm.items():  # other jobs come and go: the best of two times
-        gemm[dtype] = max(before, measure.gemm_peak(dtype, values.gemm_seconds))
+    # Other jobs come and go: the best of two times.
+    gemm = [max(pair) for pair in zip(gemm, _gemm_peaks(), strict=True)]
 
     def line(numbers, times, compared):
         seconds, cpu = np.array(times).T
         flops = np.array([ours.flops[n] for n in numbers])
-        peak = gemm[jnp.float32]
+        rate = np.median(1e-9 * flops / seconds)
         return {
             "case": case,
             "steps": len(numbers),
@@ -142,9 +148,9 @@ def step_lines(case: str, config) -> Iterator[dict]:
             "cpu_ms": 1e3 * np.median(cpu),
             "data_ms": 1e3 * np.median(ours.data_seconds),
             "flops": flops.mean(),
-            "gemm_gflops": peak,
-            "gemm_gflops_bf16": gemm[jnp.bfloat16],
-            "gemm_fraction": np.median(1e-9 * flops / seconds) / peak,
+            "gemm_gflops": gemm[0] if gemm else None,
+            "gemm_gflops_bf16": gemm[1] if gemm else None,
+            "gemm_fraction": rate / gemm[0] if gemm else None,
             "compile_s": ours.compile_seconds,
             "peak_mb": memory,
             "temporary_mb": ours.temporary_mb,

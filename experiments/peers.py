@@ -141,7 +141,8 @@ class Process:
             text=True,
             env=env,
         )
-        self._name, self.about = name, self._answer()
+        self._name = name
+        self.about = self._answer()
 
     def ask(self, command: str) -> dict:
         """Its answer to a line.

@@ -74,14 +74,16 @@ def test_a_line_of_a_made_up_case():
         "model.width": 8,
         "model.ffn_width": 8,
         "model.num_heads": 2,
+        "model.num_blocks": 1,
+        "model.encoder.layers": 1,
         "train.batch_size": 4,
     }
     words = [f"--config.{k}={v}" for k, v in flags.items()]
     done = subprocess.run(
         [sys.executable, "-m", "experiments.bench", "--case=labels-7", "--steps=3"]
-        + ["--gemm_seconds=0.01", *words],
+        + ["--gemm_seconds=0", *words],
         cwd=ROOT,
-        env=environment(),
+        env=environment(XLA_FLAGS="--xla_backend_optimization_level=0"),
         capture_output=True,
         text=True,
         timeout=300,
@@ -89,14 +91,13 @@ def test_a_line_of_a_made_up_case():
     assert done.returncode == 0, done.stderr
     (line,) = [json.loads(x) for x in done.stdout.splitlines()]
     assert line["case"] == "labels-7" and line["steps"] == 3
-    config = tiny_config(**flags, **{"model.num_blocks": 2, "model.encoder.layers": 2})
+    config = tiny_config(**flags)
     data = bench.grown(config, "labels", 7)
     assert data.train.labels.shape == (16, 7)
     wanted = measure.matmul_flops(config, np.full(4, 64), data.meta)
     assert line["flops"] == float(f"{wanted:.4g}")
     assert 0 < line["step_ms_min"] <= line["step_ms"]
-    rate = line["flops"] / line["step_ms"] / 1e6
-    assert line["gemm_fraction"] == pytest.approx(rate / line["gemm_gflops"], rel=2e-3)
+    assert line["gemm_gflops"] is None and line["gemm_fraction"] is None
     assert line["peak_mb"] > line["temporary_mb"] > 0
     assert line["peer"] is None and line["ratio"] is None
 
@@ -146,3 +147,11 @@ def test_parity_with_torch(name, tmp_path):
     other = config.copy_and_resolve_references()
     other.optim.learning_rate = 0.02
     assert apart(other) > 1e-4
+
+
+def test_peak_of_products(monkeypatch):
+    monkeypatch.setattr(measure, "GEMMS", ((64, 32, 16),))
+    ticks = iter(np.arange(0.0, 9.0, 0.5))
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(ticks))
+    # Half a second for each product, on this clock.
+    assert measure.gemm_peak(np.float32, 2.0) == 2e-9 * 64 * 32 * 16 / 0.5
