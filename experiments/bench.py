@@ -69,7 +69,7 @@ def define_flags() -> None:
     flags.FLAGS(sys.argv, known_only=True)
     path = _config_path(flags.FLAGS.case)
     if not os.path.exists(path):
-        path = _config_path("synthetic" if _growth(flags.FLAGS.case) else "bibtex")
+        path = _config_path("bibtex")
     config_flags.DEFINE_config_file("config", path, "As in main.", lock_config=True)
 
 
@@ -87,7 +87,7 @@ def grown(config, kind: str, number: int) -> task_lib.Task:
     """Made-up rows of equal length for the growth cases, in the clothes of a task.
 
     Args:
-        config: gives batch size and seed.
+        config: gives batch size and seed; its data set is not read.
         kind: "labels" (rows of 64 tokens) or "tokens" (159 labels).
         number: of labels, or of tokens in a row.
     """
@@ -97,8 +97,10 @@ def grown(config, kind: str, number: int) -> task_lib.Task:
     ids = [random.permutation(features)[:tokens] for _ in range(rows)]
     present = (random.random((rows, labels)) < 3 / labels).astype(np.uint8)
     vectors = random.normal(size=(labels, 100)).astype(np.float32)
+    embedded = config.copy_and_resolve_references()
+    embedded.data.name = "synthetic"
     return dataclasses.replace(
-        task_lib.build(config),
+        task_lib.build(embedded),
         train=pipeline.Split(pipeline.Ragged.from_rows(ids), present),
         meta=models.Meta(features, vectors, present.sum(0), labels),
         widths=[-(-tokens // 8) * 8],
