@@ -28,6 +28,7 @@ Keys of a step's line:
     parity         largest relative difference between ours and the peer's loss, loss
                    after an update, norm of the gradient and logits; above --tolerance
                    nothing is compared
+    not_available  why a compiled peer did not run (no C++ compiler); then alone
 """
 
 from __future__ import annotations
@@ -162,7 +163,15 @@ def step_lines(case: str, config) -> Iterator[dict]:
     if not names:
         yield line(numbers, alone, {"peer": None, "peer_step_ms": None, "ratio": None})
     for name in names:
-        yield line(*versus(name, config, data, ours, numbers))
+        try:
+            found = versus(name, config, data, ours, numbers)
+        except config_lib.ConfigError as error:
+            if "compile" not in name:
+                raise
+            # torch.compile wants a C++ compiler; the other peers do not.
+            yield {"case": case, "peer": name, "not_available": str(error)}
+            continue
+        yield line(*found)
 
 
 def versus(name: str, config, data, ours: measure.Ours, numbers: list[int]):

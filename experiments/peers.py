@@ -161,8 +161,10 @@ class Process:
         self._process.wait()
         self._errors.seek(0)
         said = [x.strip() for x in self._errors.read().splitlines() if x.strip()]
+        # torch puts advice after the line that names the error.
+        said = [x for x in said if "Error: " in x] or said or ["it said nothing"]
         raise config_lib.ConfigError(
-            f"the peer {self._name} ended: {said[-1] if said else 'it said nothing'}"
+            f"the peer {self._name} ended: {said[-1]}"
             " (--peer_python names a Python with torch; pip install '.[bench]')"
         )
 
