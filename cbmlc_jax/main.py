@@ -81,8 +81,9 @@ def main(argv: list[str]) -> None:
 
         run_lib.evaluate_checkpoint(workdir, config_lib.data_dir(config), command)
         return
-    from cbmlc_jax import fit
+    from cbmlc_jax import fit, parallel
 
+    parallel.keep_memory()
     if fit.train_and_evaluate(config, workdir, command) is None:
         print(f"{workdir} holds a finished run: see report.txt there")
 

@@ -1,6 +1,6 @@
 """bibtex: 4,880 training and 2,515 test documents, 1,836 words, 159 tags.
 
-    python -m cbmlc_jax.main --config=configs/bibtex.py        about 800 ms a step on 2 cores
+    python -m cbmlc_jax.main --config=configs/bibtex.py       ~700 ms a step on 2 cores
     python -m cbmlc_jax.main --config=configs/bibtex.py:fast   146 ms, 6 epochs
 
 Expected, clean, one seed, by corrected_val (which also chooses the epoch):

@@ -48,7 +48,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from cbmlc_jax import config as config_lib
-from cbmlc_jax import errors, models, rngs, systems
+from cbmlc_jax import errors, models, parallel, rngs, systems
 from cbmlc_jax import task as task_lib
 from cbmlc_jax.data import pipeline
 from experiments import measure, peers
@@ -304,6 +304,7 @@ def main(argv: list[str]) -> None:
     values = flags.FLAGS
     if not values["verbosity"].present:
         logging.set_verbosity(logging.FATAL)
+    parallel.keep_memory()  # as main does
     case, config = values.case, values.config
     config_lib.apply_published(config, set(values["config"].override_values))
     config_lib.validate(config)

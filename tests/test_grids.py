@@ -11,7 +11,8 @@ import running
 from cbmlc_jax import config as config_lib
 from cbmlc_jax import files, grids
 
-CONFIGS = sorted((running.ROOT / "configs").glob("*.py"))
+# A user's own data have no grid.
+CONFIGS = sorted(p for p in (running.ROOT / "configs").glob("*.py") if p.stem != "own")
 
 
 def get_config(preset: str = ""):

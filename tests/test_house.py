@@ -89,7 +89,7 @@ ALLOWED = PURE | {
         "thresholds",
     },
     "audit": {"config", "data", "embeddings", "files", "run", "task"},
-    "main": {"audit", "config", "errors", "fit", "predict", "run"},
+    "main": {"audit", "config", "errors", "fit", "parallel", "predict", "run"},
 }
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -129,3 +133,28 @@ def test_batch_that_devices_do_not_divide():
     with pytest.raises(parallel.DeviceError, match="there are 4"):
         parallel.Devices.local(10, 5)
     assert len(parallel.Devices.local(10, 2).devices) == 2
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's")
+def test_memory_that_is_kept_is_not_cleared_again():
+    program = """
+import resource, sys
+import numpy as np
+from cbmlc_jax import parallel
+if sys.argv[1] == "keep":
+    parallel.keep_memory()
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    array = np.full(2**24, 1.5)
+    del array
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    faults = [
+        int(
+            subprocess.check_output(
+                [sys.executable, "-c", program, mode], cwd=running.ROOT
+            )
+        )
+        for mode in ("keep", "give back")
+    ]
+    assert faults[0] < 0.1 * faults[1]  # 32,768 pages of 4 kB

@@ -281,10 +281,11 @@ class Instant:
 def make_row(point: grids.Point, **changes) -> dict:
     score = point.delta["logistic_regression.cost"] / 100
     return {
+        **dict.fromkeys(records.FIELDS, None),
         "fingerprint": "f",
         "config": point.delta,
         "seed": point.delta.get("seed", 0),
-        "noise": {"rate": point.rate},
+        "noise": {"kind": point.delta["noise.kind"], "rate": point.rate},
         "selection": {"rule": "corrected_val", "score": score},
         "seconds": {"train": 2.0, "eval": 1.0},
         "versions": {"cbmlc_jax": cbmlc_jax.__version__},
