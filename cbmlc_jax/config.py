@@ -236,7 +236,12 @@ def restore(saved: dict[str, object]) -> ml_collections.ConfigDict:
 
 
 def differences(mine: dict[str, object], theirs: dict[str, object]) -> list[str]:
-    """Keys with different values, those of no consequence left out."""
+    """Keys with different values, those of no consequence left out.
+
+    A key that one of them lacks was added later, and its default is what was before.
+    """
+    default = flatten(base())
+    mine, theirs = default | mine, default | theirs
     keys = sorted(set(mine) | set(theirs))
     return [k for k in keys if k not in INCIDENTAL and mine.get(k) != theirs.get(k)]
 

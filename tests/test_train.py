@@ -156,6 +156,43 @@ def test_a_workdir_of_another_config_is_refused(copy):
     assert "progress" not in str(caught.value)
 
 
+def test_a_key_that_came_later_has_its_default(copy):
+    path = copy / "config.json"
+    saved = json.loads(path.read_text())
+    del saved["train.matmul_precision"]
+    path.write_text(json.dumps(saved))
+    config = config_lib.restore(run_lib.saved_config(str(copy)))
+    assert fit.train_and_evaluate(config, str(copy), "again") is None
+    config.train.matmul_precision = "bfloat16"
+    with pytest.raises(run_lib.RunError, match="train.matmul_precision"):
+        fit.train_and_evaluate(config, str(copy), "")
+
+
+def test_the_loss_in_bfloat16_is_that_in_float32(tmp_path):
+    """Every epoch's within 1 %, over more than 200 steps."""
+    losses = {}
+    for precision in ("float32", "bfloat16"):
+        workdir = tmp_path / precision
+        config = running.tiny_config(
+            **{
+                "train.matmul_precision": precision,
+                "train.num_epochs": 8,
+                "train.eval_every": 8,
+                "train.checkpoint_every": 8,
+                "train.num_devices": 1,
+                "train.batch_size": 8,
+                "model.dropout": 0.2,
+            }
+        )
+        fit.train_and_evaluate(config, str(workdir), "")
+        history = files.read_jsonl(str(workdir / "metrics.jsonl"))
+        assert history[-1]["step"] >= 200
+        losses[precision] = np.array([line["loss"] for line in history])
+    assert losses["float32"][-1] < 0.9 * losses["float32"][0]
+    np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=0.01)
+    assert (losses["bfloat16"] != losses["float32"]).all()
+
+
 def test_a_folder_with_other_things_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(run_lib.RunError, match=r"not empty .*thesis\.tex"):
