@@ -343,7 +343,8 @@ def test_rows_of_the_whole_folder_count(place):
     first, second = (runs[0] for runs in cell.points)
     old = make_row(second, versions={"cbmlc_jax": "0.0.9", "jax": "0.1"})
     by_hand = place.results.parent / "by_hand.jsonl"
-    files.write_jsonl(str(by_hand), [make_row(first), old])
+    record = {"record": "predictions", "sha256": "0"}  # of details.jsonl
+    files.write_jsonl(str(by_hand), [make_row(first), record, old])
     book = ledger.Ledger(str(place.results))
     assert set(book.rows) == {first.key} and book.of_other_versions == 1
     [cell] = place.cells(version=None)
