@@ -18,6 +18,7 @@ import dataclasses
 import io
 import os
 import re
+import textwrap
 
 import numpy as np
 
@@ -99,6 +100,11 @@ def _slug(*words: object) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")
 
 
+def _legend(name: str) -> str:
+    """A name of many settings in lines that leave the axes their room."""
+    return textwrap.fill(name, 44, break_on_hyphens=False)
+
+
 def _noise(group: Group) -> str:
     noise = group.first["noise"]
     return noise["kind"] + (f" {noise['rate']:g}" if noise["rate"] else "")
@@ -126,7 +132,7 @@ def _mean_average_precision(groups: list[Group]) -> list[Panel]:
                 epochs = min((c["epoch"] for c in curves), key=len)
                 for name, style in (("train", "--"), ("test", "-")):
                     values = [c[f"{name}_mAP"][: len(epochs)] for c in curves]
-                    label = f"{group.name}, {name}"
+                    label = _legend(f"{group.name}, {name}")
                     axes.plot(
                         epochs,
                         np.mean(values, 0),
@@ -191,7 +197,7 @@ def _rate_panel(data: str, kind: str, metric: str, lines: list[list[Group]]) -> 
                 color=COLOURS[i % len(COLOURS)],
                 marker=MARKERS[i % len(MARKERS)],
                 capsize=3,
-                label=max((g.name for g in some), key=len),
+                label=_legend(max((g.name for g in some), key=len)),
             )
         for name, style in (("cbmlc", "--"), (published.BEST_OTHER, ":")):
             scores = published.BY_RATE.get((data, kind, name), {}).get(metric)

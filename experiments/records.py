@@ -169,9 +169,10 @@ def _key(row: dict, seeds: bool) -> tuple:
 
 
 def _variant(group: Group, alike: list[Group]) -> str:
-    """The preset, and the settings in which groups differ that seem alike."""
-    deltas = [other.first["config"] for other in alike]
+    """The preset, and the settings in which groups of this preset differ."""
     mine = group.first["config"]
+    deltas = [other.first["config"] for other in alike]
+    deltas = [delta for delta in deltas if delta.get("preset") == mine.get("preset")]
     differing = sorted(
         k
         for k in mine

@@ -138,3 +138,20 @@ def test_file_names_stay_in_their_folder(tmp_path):
     [panel] = figures.panels(rows.read(tmp_path, row))
     assert panel.name == "figure1-..-..-x-none"
     assert panel.image("svg")
+
+
+def test_a_long_name_leaves_the_axes_their_room(tmp_path):
+    """matplotlib warns where it gives up, and a warning is an error here."""
+    settings = {f"model__{word}": 7 for word in ("width", "num_heads", "ffn_width")}
+    settings |= {"optim__learning_rate": 0.002, "train__num_epochs": 6}
+    some = [
+        rows.make("lamp", "delicious", "nar", rate, **changes)
+        for rate in (0.1, 0.3)
+        for changes in (settings, dict.fromkeys(settings, 1))
+    ]
+    panels = by_name(figures.panels(rows.read(tmp_path, *some)))
+    panels["figure3-delicious-nar-mif1"].image("png")
+    axes = drawn(panels["figure3-delicious-nar-mif1"])
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    [first, second] = [name for name in names if "learning_rate" in name]
+    assert max(map(len, f"{first}\n{second}".split("\n"))) <= 44

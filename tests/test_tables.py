@@ -207,3 +207,13 @@ def test_published_numbers_are_whole():
     for (_, kind, _), by_metric in published.BY_RATE.items():
         for scores in by_metric.values():
             assert len(scores) == len(published.RATES[kind])
+
+
+def test_a_preset_names_its_settings(tmp_path):
+    """They are told apart from those of other presets by its name alone."""
+    some = rows.make(preset="fast", model__width=64), rows.make(model__width=300)
+    same = rows.make(preset="fast", model__width=32)
+    found = rows.read(tmp_path, *some).groups()
+    assert [g.variant for g in found] == ["fast", ""]
+    found = rows.read(tmp_path, *some, same).groups()
+    assert found[0].variant == "fast, model.width=64" and found[1].variant == ""
