@@ -10,10 +10,12 @@ earlier checkpoints as they were.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -74,21 +76,19 @@ class Checkpoints:
                 f"are {free >> 20} MB on the disk of {self.folder}; the earlier ones "
                 "are intact: make room and start the same command again to resume"
             )
-        hook, sys.unraisablehook = sys.unraisablehook, _without_closed_loops
         try:
-            self._manager.save(
-                epoch,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(params),
-                    rest=ocp.args.StandardSave(rest),
-                    history=ocp.args.JsonSave(history),
-                ),
-                force=True,
-            )
-            self._manager.wait_until_finished()
-            sys.unraisablehook = hook
+            with _one_error():
+                self._manager.save(
+                    epoch,
+                    args=ocp.args.Composite(
+                        params=ocp.args.StandardSave(params),
+                        rest=ocp.args.StandardSave(rest),
+                        history=ocp.args.JsonSave(history),
+                    ),
+                    force=True,
+                )
+                self._manager.wait_until_finished()
         except Exception as error:  # tensorstore wraps OSError in several types
-            # The hook stays: the threads of the other arrays are still failing.
             self._remove_unfinished()
             raise CheckpointError(
                 f"could not save the checkpoint of epoch {epoch} in {self.folder} "
@@ -124,7 +124,8 @@ class Checkpoints:
         if epoch not in self.epochs:
             raise CheckpointError(f"{self.folder} has no checkpoint of epoch {epoch}")
         try:
-            return self._manager.restore(epoch, args=ocp.args.Composite(**items))
+            with _one_error():
+                return self._manager.restore(epoch, args=ocp.args.Composite(**items))
         except Exception as error:
             raise CheckpointError(
                 f"the checkpoint {self.folder}/{epoch} cannot be read "
@@ -162,12 +163,20 @@ class Checkpoints:
         self._manager.close()
 
 
-def _without_closed_loops(unraisable: sys.UnraisableHookArgs) -> None:
-    """An unraisablehook for a save that fails: our sentence alone reaches the user.
+@contextlib.contextmanager
+def _one_error() -> Iterator[None]:
+    """Where this fails our sentence alone reaches the user.
 
-    Orbax closes its event loop on the first array that cannot be written; each array
-    that is still under way then prints a traceback from a thread of tensorstore's.
+    Orbax closes its event loop on the first array that cannot be written or read; each
+    array that is still under way then prints a traceback from a thread of tensorstore's.
+    These threads outlast the error, and so does the hook that silences them.
     """
+    hook, sys.unraisablehook = sys.unraisablehook, _without_closed_loops
+    yield
+    sys.unraisablehook = hook
+
+
+def _without_closed_loops(unraisable: sys.UnraisableHookArgs) -> None:
     error = unraisable.exc_value
     if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
         sys.__unraisablehook__(unraisable)

@@ -9,7 +9,9 @@ import pathlib
 import shutil
 import signal
 import subprocess
+import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -310,6 +312,27 @@ def test_a_damaged_checkpoint_is_one_sentence(copy):
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     done = running.main("--mode=eval", f"--workdir={copy}")
     running.assert_one_sentence(done, "cannot be read", "damaged")
+
+
+def test_only_closed_loops_are_silenced_after_an_error(tmp_path, monkeypatch):
+    store = checkpoints.Checkpoints(str(tmp_path / "checkpoints"))
+    store.save(1, {"w": np.zeros(3)}, {"w": np.zeros(3)}, [])
+    shown = []
+    monkeypatch.setattr(sys, "__unraisablehook__", shown.append)
+    monkeypatch.setattr(sys, "unraisablehook", shown.append)
+    closed = types.SimpleNamespace(exc_value=RuntimeError("Event loop is closed"))
+    other = types.SimpleNamespace(exc_value=RuntimeError("another"))
+
+    assert store.history(1) == []
+    sys.unraisablehook(closed)
+    assert shown == [closed]
+    (tmp_path / "checkpoints" / "1" / "history" / "metadata").write_text("{")
+    with pytest.raises(checkpoints.CheckpointError, match="damaged"):
+        store.history(1)
+    sys.unraisablehook(closed)  # as the threads that are still at it do
+    sys.unraisablehook(other)
+    assert shown == [closed, other]
+    store.close()
 
 
 def test_a_checkpoint_of_another_model_names_the_shapes(copy):
