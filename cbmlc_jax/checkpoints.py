@@ -168,7 +168,7 @@ def _one_error() -> Iterator[None]:
     """Where this fails our sentence alone reaches the user.
 
     Orbax closes its event loop on the first array that cannot be written or read; each
-    array that is still under way then prints a traceback from a thread of tensorstore's.
+    array that is still under way then prints a traceback from a thread of its own.
     These threads outlast the error, and so does the hook that silences them.
     """
     hook, sys.unraisablehook = sys.unraisablehook, _without_closed_loops
