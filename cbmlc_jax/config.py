@@ -89,6 +89,7 @@ def base() -> ml_collections.ConfigDict:
     c.model.label_graph = "complete"  # complete, self, cooccurrence, file, correlation
     c.model.label_graph_file = placeholder(str)  # lines of label<TAB>label
     c.model.readout_tying = False  # readout weights = initial label nodes
+    c.model.linear_path = False  # add a linear map of the tokens to the logits
     c.model.intermediate_weight = 0.2  # of the losses after every update but the last
     c.model.encoder = ml_collections.ConfigDict()
     c.model.encoder.name = "set"  # see ENCODERS_OF; auto: the one for the rows
@@ -119,6 +120,7 @@ def base() -> ml_collections.ConfigDict:
     c.optim.learning_rate = 2e-4
     c.optim.beta2 = 0.999  # of adam
     c.optim.backbone_rate = 1.0  # factor on the learning rate of an image network
+    c.optim.averaging = 0.0  # score with a moving average of the weights; 0: off
     c.optim.clip_norm = 0.0  # largest norm of the gradient; 0: any
     c.optim.decay = 1.0  # factor on the learning rate at each of ...
     c.optim.decay_times = 0  # ... so many equally spaced moments of the training
@@ -316,6 +318,10 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"{name} has no trained label embeddings for a context loss: "
             "config.loss.cb_weight must be 0"
         )
+    if flat["model.linear_path"] and name not in ("cbmlc", "lamp"):
+        raise ConfigError(
+            f"config.model.linear_path=True is for cbmlc and lamp, not for {name}"
+        )
     if flat["train.crossfit"] == 1:
         raise ConfigError(
             "config.train.crossfit=1 leaves no row to train on: 0 or 2-100"
@@ -380,6 +386,10 @@ def _check_encoder(flat: dict[str, object]) -> None:
         raise ConfigError(
             f"config.model.encoder.name={encoder} does not read {data}: choose one of "
             + ", ".join(ENCODERS_OF[data])
+        )
+    if flat["model.linear_path"] and encoder not in TOKENS:
+        raise ConfigError(
+            f"config.model.linear_path=True is for tokens; {encoder} does not read them"
         )
     image = encoder in NETWORKS
     if name in ("resnet_asl", "resnet_bce") and not image:

@@ -34,17 +34,19 @@ class TrainState:
         params: model parameters.
         stats: running averages of batch normalisation; {} where there is none.
         opt_state: Optax state.
+        average: moving average of the parameters; {} where there is none.
     """
 
     step: Array
     params: PyTree
     stats: PyTree
     opt_state: PyTree
+    average: PyTree = flax.struct.field(default_factory=dict)
 
     @property
     def variables(self) -> PyTree:
         """What the system scores with."""
-        return {"params": self.params} | (
+        return {"params": self.average or self.params} | (
             {"batch_stats": self.stats} if self.stats else {}
         )
 
@@ -180,10 +182,24 @@ def make_train_step(
             loss, grads = loss + context, jax.tree.map(jnp.add, grads, more)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        state = TrainState(state.step + 1, params, mean(stats, axis), opt_state)
-        return state, {"loss": loss, "examples": examples}
+        average = state.average
+        if config.optim.averaging:
+            average = averaged(average, params, state.step, config.optim.averaging)
+        return (
+            TrainState(state.step + 1, params, mean(stats, axis), opt_state, average),
+            {"loss": loss, "examples": examples},
+        )
 
     return step
+
+
+def averaged(average: PyTree, params: PyTree, step: Array, decay: float) -> PyTree:
+    """a <- k a + (1 - k) p with k = min(decay, (1 + t) / (10 + t)), t from 0.
+
+    The smaller k of the first steps forgets the random start.
+    """
+    keep = jnp.minimum(decay, (1 + step) / (10 + step)).astype(jnp.float32)
+    return jax.tree.map(lambda a, p: a + (1 - keep) * (p - a), average, params)
 
 
 def make_tx(config, steps_per_epoch: int) -> optax.GradientTransformation:
@@ -220,21 +236,29 @@ def _start(
     variables = run.system.init() if not store.epochs else run.system.like
     params, stats = variables["params"], variables.get("batch_stats", {})
     tx = make_tx(run.config, _steps_per_epoch(run))
+    averaging = bool(run.config.optim.averaging)
     if not store.epochs:
         step = jnp.zeros((), jnp.int32)
-        return TrainState(step, params, stats, tx.init(params)), []
+        # A copy: the step is given the buffers of both.
+        average = jax.tree.map(jnp.copy, params) if averaging else {}
+        return TrainState(step, params, stats, tx.init(params), average), []
     newest = store.epochs[-1]
     like = checkpoints.abstract(jax.eval_shape(tx.init, params))
     step = checkpoints.abstract(jnp.zeros((), jnp.int32))
-    rest = store.rest(newest, {"step": step, "opt_state": like})
+    expected = {"step": step, "opt_state": like}
+    if averaging:
+        expected["params"] = checkpoints.abstract(params)
+    rest = store.rest(newest, expected)
     variables = store.params(newest, variables)
+    scored = variables["params"]
     history = store.history(newest)
     print(f"resuming {run.workdir} after epoch {newest}", flush=True)
     state = TrainState(
         rest["step"],
-        variables["params"],
+        rest["params"] if averaging else scored,
         variables.get("batch_stats", {}),
         rest["opt_state"],
+        scored if averaging else {},
     )
     return state, history
 
@@ -378,5 +402,7 @@ def _save(run: run_lib.Run, store, state: TrainState, history: list[dict]) -> No
         return
     state = run.system.train_devices.first(state)
     rest = {"step": state.step, "opt_state": state.opt_state}
+    if state.average:  # what scores is saved as `params`, what trains goes on here
+        rest["params"] = state.params
     store.save(epoch, state.variables, rest, history)
     store.keep_only({*store.epochs[-settings.keep :], best})

@@ -55,6 +55,7 @@ def model_of(case: dict[str, np.ndarray]):
         ffn_width=case["param/encoder/block_0/ffn/w1"].shape[1],
         dropout=0.0,
         readout_tying=bool(case["tied"]),
+        linear_path=False,
         intermediate_weight=float(case["intermediate_weight"]),
         encoder=SimpleNamespace(
             name="set",
@@ -289,6 +290,10 @@ def test_initial_distributions():
         # decoder e 5*6, map 6*8, 4 * 568; readout 5*8.
         ({}, 11 * 8 + 2 * 568 + 5 * 6 + 6 * 8 + 4 * 568 + 5 * 8),
         ({"readout_tying": True}, 11 * 8 + 2 * 568 + 5 * 6 + 6 * 8 + 4 * 568),
+        (
+            {"linear_path": True},
+            11 * 8 + 2 * 568 + 5 * 6 + 6 * 8 + 4 * 568 + 5 * 8 + 11 * 5 + 5,
+        ),
         ({"num_blocks": 1}, 11 * 8 + 2 * 568 + 5 * 6 + 6 * 8 + 2 * 568 + 5 * 8),
         # without self-attention an encoder block is FFN and one norm: 568 - 256 - 16.
         (
@@ -421,3 +426,37 @@ def test_sequence_encoder_reads_the_order_and_ignores_padding():
     ]
     np.testing.assert_allclose(logits[0], logits[1], atol=1e-5)
     assert np.abs(logits[0] - logits[2]).max() > 1e-2
+
+
+def test_linear_path_is_a_linear_map_of_the_bag():
+    """From zero it changes nothing; then it adds b + (w / rms w) A, by hand."""
+    vectors = np.random.default_rng(0).normal(size=(3, 8)).astype(np.float32)
+    model = small_model(3, vectors, linear_path=True)
+    params = running.init_params(model, 0)
+    rest = {k: v for k, v in params.items() if k != "linear_path"}
+    tokens = jnp.array([[1, 3, 0, 0], [2, 0, 0, 0], [0, 0, 0, 0]])
+    weights = jnp.array([[3.0, 4.0, 0, 0], [2.0, 0, 0, 0], [0, 0, 0, 0]])
+    plain = small_model(3, vectors)
+    for inputs in ({"tokens": tokens}, {"tokens": tokens, "weights": weights}):
+        before = plain.apply({"params": rest}, inputs).logits
+        np.testing.assert_array_equal(
+            model.apply({"params": params}, inputs).logits, before
+        )
+        table = np.arange(33, dtype=np.float32).reshape(11, 3)
+        bias = np.array([10.0, 20.0, 30.0], np.float32)
+        trained = {"tokens": jnp.asarray(table), "bias": jnp.asarray(bias)}
+        after = model.apply({"params": rest | {"linear_path": trained}}, inputs).logits
+        # rms of (3, 4) is (12.5)^.5; a single weight is 1 over its own.
+        w = np.array([3.0, 4.0]) / 12.5**0.5 if "weights" in inputs else np.ones(2)
+        expected = [w[0] * table[0] + w[1] * table[2] + bias, table[1] + bias, bias]
+        np.testing.assert_allclose(after - before, expected, atol=2e-5)
+
+
+def test_averaged_weights_by_hand():
+    average, want = {"w": jnp.zeros(2)}, 0.0
+    for t in range(40):
+        p = float(t * t)
+        average = train.averaged(average, {"w": jnp.full(2, p)}, jnp.array(t), 0.7)
+        keep = min(0.7, (1 + t) / (10 + t))
+        want = keep * want + (1 - keep) * p
+    np.testing.assert_allclose(average["w"], want, rtol=1e-5)

@@ -262,6 +262,32 @@ def test_six_epochs_and_three_kill_three_give_the_same_bits(tmp_path):
     assert a["metrics"] == b["metrics"] and a["epoch"] == b["epoch"]
 
 
+def test_averaged_weights_score_and_the_others_go_on(tmp_path):
+    """What is saved as `params` is the average; a resumed run has the same bits."""
+    changes = {"train.num_epochs": 3, "train.keep": 3, "optim.averaging": 0.9}
+    config = running.tiny_config(**changes, **{"model.linear_path": True})
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    row = fit.train_and_evaluate(config, str(straight), "")
+    shutil.copytree(straight, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "3")
+    (resumed / "results.jsonl").unlink()
+    again = fit.train_and_evaluate(config, str(resumed), "")
+    assert again["metrics"] == row["metrics"]
+    for a, b in zip(saved_params(straight, 3), saved_params(resumed, 3), strict=True):
+        assert a.tobytes() == b.tobytes()
+    # Averaging changes what is scored, never how it is trained.
+    config.optim.averaging = 0.0
+    plain = tmp_path / "plain"
+    fit.train_and_evaluate(config, str(plain), "")
+    averages, last = saved_params(straight, 3), saved_params(plain, 3)
+    assert any(np.abs(a - b).max() > 1e-3 for a, b in zip(averages, last, strict=True))
+    histories = [
+        [line["loss"] for line in files.read_jsonl(str(folder / "metrics.jsonl"))]
+        for folder in (straight, plain)
+    ]
+    assert histories[0] == histories[1]
+
+
 def test_a_full_disk_leaves_the_earlier_checkpoint(copy, tmp_path):
     """A limit on file sizes stands for the full disk: writing fails half-way."""
     (copy / "results.jsonl").unlink()

@@ -5,9 +5,10 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, UInt8, UInt32
+from jaxtyping import Array, Bool, Float, UInt8, UInt32
 
 from cbmlc_jax.models import decoder
+from cbmlc_jax.models.encoders import relative
 from cbmlc_jax.models.outputs import Outputs
 
 
@@ -18,12 +19,14 @@ class CbMLC(nn.Module):
         encoder: (inputs, rows) -> memory, valid.
         decoder: a `LabelGraphDecoder`.
         tied: the readout weights are the initial label nodes instead of their own.
+        linear: F, to add a `LinearPath` to the last logits; None for the paper's model.
         intermediate: also return the intermediate predictions.
     """
 
     encoder: nn.Module
     decoder: decoder.LabelGraphDecoder
     tied: bool = False
+    linear: int | None = None
     intermediate: bool = True
 
     @nn.compact
@@ -54,4 +57,36 @@ class CbMLC(nn.Module):
         if self.intermediate:
             held = jax.lax.stop_gradient(weights)
             intermediate = jnp.stack([decoder.readout(v, held) for v in states[:-1]])
-        return Outputs(decoder.readout(states[-1], weights), intermediate)
+        logits = decoder.readout(states[-1], weights)
+        if self.linear is not None:
+            path = LinearPath(self.linear, self.decoder.num_labels, name="linear_path")
+            logits += path(inputs)
+        return Outputs(logits, intermediate)
+
+
+class LinearPath(nn.Module):
+    """A linear classifier of the bag of tokens: b_l + sum_s w_s A[token_s, l].
+
+    w_s is the token's weight over the row's root mean square, 1 without weights.  A and
+    b start at 0, where the model is the one without this path.
+
+    Attributes:
+        num_tokens: F; ids are 1..F, 0 is padding.
+        num_labels: L.
+    """
+
+    num_tokens: int
+    num_labels: int
+
+    @nn.compact
+    def __call__(self, inputs: dict[str, Array]) -> Float[Array, "batch labels"]:
+        """Maps `tokens` int32 [B, S], with `weights` [B, S] or without, to [B, L]."""
+        tokens, zeros = inputs["tokens"], nn.initializers.zeros
+        table = self.param("tokens", zeros, (self.num_tokens, self.num_labels))
+        bias = self.param("bias", zeros, (self.num_labels,))
+        valid = tokens > 0
+        weights = valid.astype(table.dtype)
+        if "weights" in inputs:
+            weights *= relative(inputs["weights"], valid)
+        rows = table[jnp.maximum(tokens - 1, 0)]
+        return jnp.einsum("bs,bsl->bl", weights, rows) + bias[None]
