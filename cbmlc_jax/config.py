@@ -89,6 +89,7 @@ def base() -> ml_collections.ConfigDict:
     c.model.label_graph = "complete"  # complete, self, cooccurrence, file, correlation
     c.model.label_graph_file = placeholder(str)  # lines of label<TAB>label
     c.model.readout_tying = False  # readout weights = initial label nodes
+    c.model.token_dropout = 0.0  # share of a row's tokens that a step leaves out
     c.model.linear_path = False  # add a linear map of the tokens to the logits
     c.model.intermediate_weight = 0.2  # of the losses after every update but the last
     c.model.encoder = ml_collections.ConfigDict()
@@ -318,10 +319,11 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"{name} has no trained label embeddings for a context loss: "
             "config.loss.cb_weight must be 0"
         )
-    if flat["model.linear_path"] and name not in ("cbmlc", "lamp"):
-        raise ConfigError(
-            f"config.model.linear_path=True is for cbmlc and lamp, not for {name}"
-        )
+    for key in ("model.linear_path", "model.token_dropout"):
+        if flat[key] and name not in ("cbmlc", "lamp"):
+            raise ConfigError(
+                f"config.{key}={flat[key]} is for cbmlc and lamp, not for {name}"
+            )
     if flat["train.crossfit"] == 1:
         raise ConfigError(
             "config.train.crossfit=1 leaves no row to train on: 0 or 2-100"
@@ -387,10 +389,11 @@ def _check_encoder(flat: dict[str, object]) -> None:
             f"config.model.encoder.name={encoder} does not read {data}: choose one of "
             + ", ".join(ENCODERS_OF[data])
         )
-    if flat["model.linear_path"] and encoder not in TOKENS:
-        raise ConfigError(
-            f"config.model.linear_path=True is for tokens; {encoder} does not read them"
-        )
+    for key in ("model.linear_path", "model.token_dropout"):
+        if flat[key] and encoder not in TOKENS:
+            raise ConfigError(
+                f"config.{key}={flat[key]} is for tokens; {encoder} reads none"
+            )
     image = encoder in NETWORKS
     if name in ("resnet_asl", "resnet_bce") and not image:
         raise ConfigError(f"config.model.name={name} is for images, not for {data}")

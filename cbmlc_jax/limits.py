@@ -94,6 +94,7 @@ RANGES = {
     "optim.learning_rate": (0.0, None),
     "optim.weight_decay": (0.0, None),
     "optim.beta2": (0.0, 0.99999),
+    "model.token_dropout": (0.0, 0.99),
     "optim.averaging": (0.0, 0.99999),
     "optim.clip_norm": (0.0, None),
     "optim.backbone_rate": (0.0, None),

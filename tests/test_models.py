@@ -56,6 +56,7 @@ def model_of(case: dict[str, np.ndarray]):
         dropout=0.0,
         readout_tying=bool(case["tied"]),
         linear_path=False,
+        token_dropout=0.0,
         intermediate_weight=float(case["intermediate_weight"]),
         encoder=SimpleNamespace(
             name="set",
@@ -460,3 +461,32 @@ def test_averaged_weights_by_hand():
         keep = min(0.7, (1 + t) / (10 + t))
         want = keep * want + (1 - keep) * p
     np.testing.assert_allclose(average["w"], want, rtol=1e-5)
+
+
+def test_token_dropout_leaves_tokens_out_in_training_alone():
+    vectors = np.eye(3, 8, dtype=np.float32)
+    model = small_model(3, vectors, linear_path=True, dropout=0.0)
+    params = running.init_params(model, 0)
+    counting = {"tokens": jnp.ones((11, 3)), "bias": jnp.zeros(3)}
+    thinned = model.clone(token_dropout=0.4)
+    tokens = jnp.tile(jnp.arange(1, 11)[None], (600, 1))
+    rows, key = jnp.arange(600, dtype=jnp.uint32), {"dropout": jax.random.key(3)}
+
+    def logits(model, path, tokens, rows):
+        variables = {"params": params | {"linear_path": path}}
+        return model.apply(variables, {"tokens": tokens}, None, rows, rngs=key).logits
+
+    np.testing.assert_array_equal(
+        logits(thinned, counting, tokens, None), logits(model, counting, tokens, None)
+    )
+    zero = jax.tree.map(jnp.zeros_like, counting)
+    trained = logits(thinned, zero, tokens, rows)
+    kept = (logits(thinned, counting, tokens, rows) - trained)[:, 0] * 0.6
+    np.testing.assert_allclose(kept, np.round(kept), atol=1e-4)
+    assert np.mean(kept) / 10 == pytest.approx(0.6, abs=4 * (0.24 / 6000) ** 0.5)
+    assert len(np.unique(np.round(kept))) > 4
+    # What a row loses follows from its number, wherever and how padded it stands.
+    padded = jnp.pad(tokens[7:9], ((0, 0), (0, 5)))
+    np.testing.assert_allclose(
+        logits(thinned, zero, padded, rows[7:9]), trained[7:9], atol=1e-5
+    )

@@ -151,6 +151,7 @@ def _cbmlc(config, meta: Meta) -> nn.Module:
             dtype=PRECISIONS[config.train.matmul_precision],
         ),
         tied=settings.readout_tying,
+        token_dropout=settings.token_dropout,
         linear=meta.num_features if settings.linear_path else None,
         intermediate=settings.intermediate_weight > 0,
     )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, UInt8, UInt32
 
-from cbmlc_jax.models import decoder
+from cbmlc_jax.models import decoder, ops
 from cbmlc_jax.models.encoders import relative
 from cbmlc_jax.models.outputs import Outputs
 
@@ -19,6 +19,7 @@ class CbMLC(nn.Module):
         encoder: (inputs, rows) -> memory, valid.
         decoder: a `LabelGraphDecoder`.
         tied: the readout weights are the initial label nodes instead of their own.
+        token_dropout: share of a row's tokens that training leaves out, at random.
         linear: F, to add a `LinearPath` to the last logits; None for the paper's model.
         intermediate: also return the intermediate predictions.
     """
@@ -26,6 +27,7 @@ class CbMLC(nn.Module):
     encoder: nn.Module
     decoder: decoder.LabelGraphDecoder
     tied: bool = False
+    token_dropout: float = 0.0
     linear: int | None = None
     intermediate: bool = True
 
@@ -45,6 +47,11 @@ class CbMLC(nn.Module):
             rows: [B] row numbers of the global batch for dropout; None for none.
             labels: not read; models with an objective of their own take them here.
         """
+        rate = self.token_dropout if rows is not None else 0.0
+        if rate:
+            words = jax.random.key_data(self.make_rng("dropout"))
+            keep = ops.keep_mask(words, rows, inputs["tokens"].shape, rate)
+            inputs = inputs | {"tokens": jnp.where(keep, inputs["tokens"], 0)}
         memory, valid = self.encoder(inputs, rows)
         initial, states = self.decoder(memory, valid, graph, rows)
         if self.tied:
@@ -60,15 +67,16 @@ class CbMLC(nn.Module):
         logits = decoder.readout(states[-1], weights)
         if self.linear is not None:
             path = LinearPath(self.linear, self.decoder.num_labels, name="linear_path")
-            logits += path(inputs)
+            logits += path(inputs, 1 / (1 - rate))
         return Outputs(logits, intermediate)
 
 
 class LinearPath(nn.Module):
-    """A linear classifier of the bag of tokens: b_l + sum_s w_s A[token_s, l].
+    """A linear classifier of the bag of tokens: b_l + c sum_s w_s A[token_s, l].
 
-    w_s is the token's weight over the row's root mean square, 1 without weights.  A and
-    b start at 0, where the model is the one without this path.
+    c makes up for tokens that are left out, so that the sum keeps its mean; w_s is the
+    token's weight over the row's root mean square, 1 without weights.  A and b start at
+    0, where the model is the one without this path.
 
     Attributes:
         num_tokens: F; ids are 1..F, 0 is padding.
@@ -79,13 +87,15 @@ class LinearPath(nn.Module):
     num_labels: int
 
     @nn.compact
-    def __call__(self, inputs: dict[str, Array]) -> Float[Array, "batch labels"]:
+    def __call__(
+        self, inputs: dict[str, Array], scale: float = 1.0
+    ) -> Float[Array, "batch labels"]:
         """Maps `tokens` int32 [B, S], with `weights` [B, S] or without, to [B, L]."""
         tokens, zeros = inputs["tokens"], nn.initializers.zeros
         table = self.param("tokens", zeros, (self.num_tokens, self.num_labels))
         bias = self.param("bias", zeros, (self.num_labels,))
         valid = tokens > 0
-        weights = valid.astype(table.dtype)
+        weights = scale * valid.astype(table.dtype)
         if "weights" in inputs:
             weights *= relative(inputs["weights"], valid)
         rows = table[jnp.maximum(tokens - 1, 0)]
