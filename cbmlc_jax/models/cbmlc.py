@@ -67,16 +67,16 @@ class CbMLC(nn.Module):
         logits = decoder.readout(states[-1], weights)
         if self.linear is not None:
             path = LinearPath(self.linear, self.decoder.num_labels, name="linear_path")
-            logits += path(inputs, 1 / (1 - rate))
+            logits += path(inputs)
         return Outputs(logits, intermediate)
 
 
 class LinearPath(nn.Module):
-    """A linear classifier of the bag of tokens: b_l + c sum_s w_s A[token_s, l].
+    """A linear classifier of the bag of tokens: b_l + sum_s w_s A[token_s, l].
 
-    c makes up for tokens that are left out, so that the sum keeps its mean; w_s is the
-    token's weight over the row's root mean square, 1 without weights.  A and b start at
-    0, where the model is the one without this path.
+    w_s is the token's weight, 1 without weights, over the row's Euclidean norm, so that
+    long rows do not speak louder.  A and b start at 0, where the model is the one
+    without this path.
 
     Attributes:
         num_tokens: F; ids are 1..F, 0 is padding.
@@ -87,16 +87,14 @@ class LinearPath(nn.Module):
     num_labels: int
 
     @nn.compact
-    def __call__(
-        self, inputs: dict[str, Array], scale: float = 1.0
-    ) -> Float[Array, "batch labels"]:
+    def __call__(self, inputs: dict[str, Array]) -> Float[Array, "batch labels"]:
         """Maps `tokens` int32 [B, S], with `weights` [B, S] or without, to [B, L]."""
         tokens, zeros = inputs["tokens"], nn.initializers.zeros
         table = self.param("tokens", zeros, (self.num_tokens, self.num_labels))
         bias = self.param("bias", zeros, (self.num_labels,))
         valid = tokens > 0
-        weights = scale * valid.astype(table.dtype)
-        if "weights" in inputs:
-            weights *= relative(inputs["weights"], valid)
+        given = inputs.get("weights", jnp.ones(tokens.shape, table.dtype))
+        count = jnp.maximum(valid.sum(1, keepdims=True), 1)
+        weights = valid * relative(given, valid) * count**-0.5
         rows = table[jnp.maximum(tokens - 1, 0)]
         return jnp.einsum("bs,bsl->bl", weights, rows) + bias[None]
