@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import running
 
+from cbmlc_jax import config as config_lib
 from cbmlc_jax import evaluate, models, optim, rngs, systems, thresholds, train
 from cbmlc_jax import run as run_lib
 from cbmlc_jax.data import pipeline
@@ -221,3 +222,17 @@ def test_order_of_a_seed_is_pinned():
     )
     seen = [source[i]["features"][:, 0].tolist() for i in range(3)]
     assert seen == [filled(rows).tolist() for rows in plan.rows]
+
+
+@pytest.mark.parametrize(
+    "key", [{"model.linear_path": True}, {"model.token_dropout": 0.3}]
+)
+def test_what_is_for_tokens_is_refused_elsewhere(key):
+    [name] = key
+    running.tiny_config(**key)
+    with pytest.raises(config_lib.ConfigError, match=f"{name}=.* dense reads none"):
+        running.tiny_config(
+            **key, **{"data.name": "emotions", "model.encoder.name": "dense"}
+        )
+    with pytest.raises(config_lib.ConfigError, match=f"{name}=.* not for lr_knn"):
+        running.tiny_config(**key, **{"model.name": "lr_knn"})

@@ -20,7 +20,7 @@ from cbmlc_jax import fit, models
 from cbmlc_jax.data import pipeline, synthetic
 
 PRESETS = {
-    "bibtex": ("fast",),
+    "bibtex": ("fast", "robust"),
     "delicious": ("fast",),
     "reuters": ("fast",),
     "rcv1": ("sequence", "subsets"),
