@@ -177,6 +177,22 @@ def estimate(
     return dataclasses.replace(found, reliable=not reason, reason=reason)
 
 
+def anchored(
+    scores: Float[np.ndarray, "rows labels"], labels: UInt8[np.ndarray, "rows labels"]
+) -> tuple[float, float]:
+    """(r0, r1) from the anchors alone, whatever `estimate` thinks of them.
+
+    For uses that need to know which of the two is the larger, not their values.
+
+    Args:
+        scores, labels: [N, L], as in `estimate`.
+    """
+    scores, on = np.asarray(scores), np.asarray(labels) != 0
+    k = int(np.clip(SHARE * on.sum(), FEWEST, MOST))
+    highest = _first(scores.ravel(), min(k, on.size))
+    return _lowest(scores, on)[0], 1 - float(np.average(on.ravel(), weights=highest))
+
+
 def _nothing(on: np.ndarray, reason: str) -> Estimate:
     """No estimate at all: labels as they are."""
     unknown = np.full(on.shape[1], np.nan)
