@@ -72,6 +72,9 @@ def base() -> ml_collections.ConfigDict:
     c.noise.seed = 0  # of the flips
     c.noise.validation = "noisy"  # noisy or clean validation labels
     c.noise.known = True  # the realised rates are; False: they are estimated
+    c.noise.repaired = (
+        ""  # train on labels that --mode=audit --apply wrote to this file
+    )
 
     c.embeddings = ml_collections.ConfigDict()
     c.embeddings.source = "auto"  # auto, dataset, file, package, gensim, random

@@ -17,6 +17,7 @@ import numpy as np
 from cbmlc_jax import checkpoints, files, rngs, systems, train
 from cbmlc_jax import run as run_lib
 from cbmlc_jax import task as task_lib
+from cbmlc_jax.models import baselines
 
 
 def train_and_evaluate(config, workdir: str, command: str) -> dict | None:
@@ -67,7 +68,7 @@ def _search(run: run_lib.Run, store: checkpoints.Checkpoints) -> list[dict]:
         start = time.perf_counter()
         params = None
         if run.out_of_fold is None:
-            params = estimator.fit(inputs, run.task.train.labels)
+            params = _fitted(run, estimator, inputs)
         line = {
             "epoch": number,
             "settings": settings,
@@ -82,11 +83,18 @@ def _search(run: run_lib.Run, store: checkpoints.Checkpoints) -> list[dict]:
     chosen = run_lib.choose_epoch(history)
     if run.out_of_fold is not None:  # the folds have chosen: one fit is enough
         start = time.perf_counter()
-        best = run.system.candidates[chosen - 1][1].fit(inputs, run.task.train.labels)
+        best = _fitted(run, run.system.candidates[chosen - 1][1], inputs)
         history[chosen - 1]["seconds"] = round(time.perf_counter() - start, 2)
     store.save(chosen, best, {"candidate": np.array(chosen)}, history)
     files.write_jsonl(os.path.join(run.workdir, "metrics.jsonl"), history)
     return history
+
+
+def _fitted(run: run_lib.Run, estimator, inputs):
+    train = run.task.train
+    if run.config.model.name in baselines.READS_IGNORED:
+        return estimator.fit(inputs, train.labels, train.ignored)
+    return estimator.fit(inputs, train.labels)
 
 
 def _show(line: dict) -> None:

@@ -236,3 +236,23 @@ def _foretold(clean: np.ndarray, wrong: np.ndarray, on: np.ndarray) -> np.ndarra
         precision = np.linalg.inv(covariance + RIDGE * np.eye(on.shape[1]))
         found[fold == k] = mine - (mine @ precision) / np.diag(precision)
     return found * deviation
+
+
+def precision(
+    score: Float[np.ndarray, "rows labels"], wrong: Bool[np.ndarray, "rows labels"]
+) -> tuple[float, float]:
+    """Precision at n and average precision of a ranking, n the number of wrong ones.
+
+    Ties go to the lower row, then to the lower label; 0 where nothing is wrong.
+
+    Args:
+        score: [N, L], higher is likelier wrong.
+        wrong: [N, L] which entries are.
+    """
+    hit = wrong.ravel()[np.argsort(-score.ravel(), kind="stable")]
+    number = int(hit.sum())
+    if not number:
+        return 0.0, 0.0
+    found = np.cumsum(hit)
+    ranks = np.flatnonzero(hit)
+    return float(found[number - 1] / number), float((found[ranks] / (ranks + 1)).mean())

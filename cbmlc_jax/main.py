@@ -29,8 +29,13 @@ def define_flags() -> None:
         lock_config=True,
     )
     text("workdir", None, "The run's folder; default runs/<config>-<noise>-<seed>.")
-    modes = ("train", "eval", "predict", "data")
-    flags.DEFINE_enum("mode", "train", modes, "What to do; data: describe the data.")
+    modes = ("train", "eval", "predict", "data", "audit")
+    flags.DEFINE_enum(
+        "mode",
+        "train",
+        modes,
+        "What to do; data: describe the data; audit: list likely wrong labels.",
+    )
     text("input", None, "predict: rows as in training, or JSON lines.")
     text("output", None, "predict: JSON lines, default stdout; data: a JSON file.")
     flags.DEFINE_enum(
@@ -44,6 +49,10 @@ def define_flags() -> None:
     )
     number("threshold", None, "predict: stands over --protocol.", 0.0, 1.0)
     flags.DEFINE_integer("top_k", None, "predict: write only the best scores.", 1)
+    flags.DEFINE_integer("top", 200, "audit: issues on the page.", 1)
+    ways = ("none", "drop", "flip", "soft")
+    what = "audit: write labels to train on, with the likely wrong ones so treated."
+    flags.DEFINE_enum("apply", "none", ways, what)
 
 
 def main(argv: list[str]) -> None:
@@ -72,9 +81,15 @@ def main(argv: list[str]) -> None:
         )
         return
     if values.mode == "data":
-        from cbmlc_jax import audit
+        from cbmlc_jax import describe
 
-        audit.run_audit(config, values.output)
+        describe.run_description(config, values.output)
+        return
+    if values.mode == "audit":
+        from cbmlc_jax import audit, parallel
+
+        parallel.keep_memory()
+        audit.run_audit(config, workdir, command, top=values.top, apply=values.apply)
         return
     if values.mode == "eval":
         from cbmlc_jax import run as run_lib

@@ -56,6 +56,7 @@ def make_row(
             "seed": config.noise.seed,
             "realised": task.realised["train"].summary(),
             "realised_validation": task.realised["validation"].summary(),
+            **_repaired(task),
         },
         **parts,
         "rates": {
@@ -79,6 +80,12 @@ def make_row(
         "versions": versions() | {"device": device},
         "command": command,
     }
+
+
+def _repaired(task: Task) -> dict:
+    if task.repaired is None:
+        return {}
+    return {"repaired": task.repaired.summary(task.noisy)}
 
 
 def report(
@@ -110,6 +117,11 @@ def report(
         lines.append(
             f"  realised on {name:<10}  P(0->1) {r['p01']:.4f}   P(1->0) "
             f"{r['p10']:.4f}   entries {r['entries']:.2%}   rows {r['instances']:.1%}"
+        )
+    if fixed := noise.get("repaired"):
+        lines.append(
+            f"  trained on repaired labels ({fixed['how']}): {fixed['entries']} "
+            "entries of all training rows differ"
         )
     if row["rates"]["source"] == "estimated":
         r0, r1 = row["rates"]["r0"], row["rates"]["r1"]

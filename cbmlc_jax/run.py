@@ -126,7 +126,7 @@ class Run:
         task, found = self.task, {}
         for name, split in (("train", task.train), ("test", task.test)):
             scores = counted(self.system.scores(params, split.inputs), split)
-            found[name] = metrics.mean_average_precision(scores, split.labels)
+            found[name] = metrics.mean_average_precision(scores, split.labels >= 0.5)
         return found
 
     def finish(
@@ -185,7 +185,9 @@ class Run:
         if "label_embeddings" in decoder:
             vectors = np.asarray(decoder["label_embeddings"])
             names = task.dataset.label_names
-            records.append(details.label_embeddings(vectors, names, task.train.labels))
+            records.append(
+                details.label_embeddings(vectors, names, task.train.labels >= 0.5)
+            )
         return records
 
 
@@ -387,7 +389,7 @@ def evaluate_checkpoint(workdir: str, data_dir: str | None, command: str) -> dic
     config = trained_config(workdir)
     if data_dir:
         config.data.dir = data_dir
-    run = Run(config, workdir, out_of_fold=_saved_out_of_fold(config, workdir))
+    run = Run(config, workdir, out_of_fold=saved_out_of_fold(config, workdir))
     params, best, history = chosen_params(workdir, run.system.like)
     row, text, _ = run.finish(params, history, best, command)
     files.write_jsonl(os.path.join(workdir, "eval.jsonl"), [row])
@@ -403,7 +405,12 @@ def out_of_fold_path(workdir: str) -> str:
     return os.path.join(workdir, "out_of_fold.npy")
 
 
-def _saved_out_of_fold(config, workdir: str) -> OutOfFold | None:
+def saved_out_of_fold(config, workdir: str) -> OutOfFold | None:
+    """The scores that a cross-fitted run left; None for a run without cross-fitting.
+
+    Raises:
+        RunError: they are missing or damaged.
+    """
     if not config.train.crossfit:
         return None
     path = out_of_fold_path(workdir)

@@ -10,7 +10,7 @@ import dataclasses
 
 import numpy as np
 
-from cbmlc_jax import backbones, embeddings, noise, rngs
+from cbmlc_jax import backbones, embeddings, noise, repair, rngs
 from cbmlc_jax import config as config_lib
 from cbmlc_jax.data import pipeline
 from cbmlc_jax.models import MODELS, READS_LABEL_VECTORS, Meta
@@ -29,7 +29,9 @@ class Task:
         inputs: of all official training rows, as the model reads them: those of the
             data set, or what a frozen image network makes of them.
         noisy: uint8 [N, L] noisy labels of all official training rows.
-        train: training rows with their noisy labels.
+        repaired: what is trained on in their place, or None.
+        train: training rows with their noisy labels, or repaired ones: then float32
+            where these are soft.
         validation: validation rows with the labels that training may see; under
             cross-fitting all training rows, scored by models that did not see them.
         validation_clean: [N_val, L] their clean labels, for the clean_val protocol.
@@ -47,6 +49,7 @@ class Task:
     dataset: pipeline.Dataset
     inputs: pipeline.Inputs
     noisy: np.ndarray
+    repaired: repair.Repaired | None
     train: pipeline.Split
     validation: pipeline.Split
     validation_clean: np.ndarray
@@ -73,7 +76,10 @@ def build(config) -> Task:
     noisy = noisy_labels(config, dataset)
     train_rows, validation_rows = rows(config, dataset, noisy)
     vectors, found = _label_vectors(config, dataset)
-    whole = (dataset, inputs, test, noisy, vectors, found)
+    repaired = None
+    if config.noise.repaired:
+        repaired = repair.read(config.noise.repaired, noisy, config)
+    whole = (dataset, inputs, test, noisy, repaired, vectors, found)
     return _on_rows(config, whole, train_rows, validation_rows)
 
 
@@ -179,7 +185,10 @@ def fold(config, task: Task, held_out: np.ndarray) -> Task:
     """
     others = np.setdiff1d(np.arange(len(task.noisy)), held_out)
     vectors = task.meta.label_vectors
-    whole = (task.dataset, task.inputs, task.test, task.noisy, vectors, task.embeddings)
+    whole = (
+        *(task.dataset, task.inputs, task.test, task.noisy, task.repaired),
+        *(vectors, task.embeddings),
+    )
     part = _on_rows(config, whole, others, held_out)
     return dataclasses.replace(part, rates=task.rates)
 
@@ -215,7 +224,7 @@ def _label_vectors(config, dataset) -> tuple[np.ndarray, dict | None]:
 
 
 def _on_rows(config, whole: tuple, train_rows, validation_rows) -> Task:
-    dataset, inputs, test, noisy, vectors, found = whole
+    dataset, inputs, test, noisy, repaired, vectors, found = whole
     clean = dataset.train.labels
     seen = clean if config.noise.validation == "clean" else noisy
     realised = {
@@ -228,27 +237,43 @@ def _on_rows(config, whole: tuple, train_rows, validation_rows) -> Task:
         return pipeline.Split(inputs, labels, ignored).take(rows)
 
     train = split(noisy, train_rows)
+    if repaired is not None:
+        train = _repaired(train, repaired.targets[train_rows], repaired.how)
+    hard = train.labels >= 0.5
     return Task(
         dataset=dataset,
         inputs=inputs,
         noisy=noisy,
+        repaired=repaired,
         train=train,
         validation=split(seen, validation_rows),
         validation_clean=clean[validation_rows],
         test=test,
         rates=Rates(realised["train"].p01, realised["train"].p10, "known"),
         realised=realised,
-        prior=train.labels.mean(0),
+        prior=noisy[train_rows].mean(0),
         meta=Meta(
             label_vectors=vectors,
-            label_counts=train.labels.sum(0, dtype=np.int64),
-            max_labels=int(train.labels.sum(1).max()),
+            label_counts=hard.sum(0, dtype=np.int64),
+            max_labels=int(hard.sum(1).max()),
             **_input_meta(train.inputs, dataset.feature_names),
         ),
         embeddings=found,
-        graph=_graph(config, train.labels, dataset.label_names),
+        graph=_graph(config, hard.astype(np.uint8), dataset.label_names),
         widths=pipeline.bucket_widths(train.inputs.lengths, config.data.length_buckets),
     )
+
+
+def _repaired(train: pipeline.Split, targets: np.ndarray, how: str) -> pipeline.Split:
+    """The rows with targets for labels; what was dropped is ignored."""
+    dropped = np.isnan(targets)
+    labels = np.where(dropped, 0, targets)
+    if how != "soft":
+        labels = labels.astype(np.uint8)
+    if train.ignored is not None:
+        labels = np.where(train.ignored, 0, labels).astype(labels.dtype)
+        dropped |= train.ignored
+    return pipeline.Split(train.inputs, labels, dropped if dropped.any() else None)
 
 
 def _input_meta(inputs: pipeline.Inputs, feature_names: tuple[str, ...]) -> dict:
@@ -270,7 +295,7 @@ def _input_meta(inputs: pipeline.Inputs, feature_names: tuple[str, ...]) -> dict
 
 
 def _graph(config, labels: np.ndarray, names: tuple[str, ...]) -> np.ndarray | None:
-    """The label graph, learnt from the noisy training labels alone."""
+    """The label graph, learnt from the labels that are trained on alone."""
     kind, file = config.model.label_graph, config.model.label_graph_file
     if kind == "correlation":
         settings = config.ml_gcn

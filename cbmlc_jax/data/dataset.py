@@ -209,7 +209,7 @@ class Split:
 
     Attributes:
         inputs: of each row.
-        labels: uint8 [N, L], 0 or 1.
+        labels: uint8 [N, L], 0 or 1; in training perhaps float32, in [0, 1].
         ignored: bool [N, L], entries that count neither in training nor in a score
             (their label is 0); None: all count.
     """

@@ -19,6 +19,8 @@ COSTS = (0.1, 0.3, 1.0, 3.0, 10.0)
 Candidates = list[tuple[dict[str, float], Estimator]]
 # Published with a rule of their own: a label holds where its score is above one half.
 DECIDES_AT_HALF = ("mlknn",)
+# Their `fit` also takes `ignored`, bool [N, L], and labels between 0 and 1.
+READS_IGNORED = ("logistic_regression", "lr_knn")
 
 
 def _costs(config) -> tuple[float, ...]:

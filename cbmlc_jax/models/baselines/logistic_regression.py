@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import scipy.sparse
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression as _Regression
 from sklearn.preprocessing import normalize
@@ -33,12 +33,27 @@ class LogisticRegression:
 
     cost: float = 1.0
 
-    def fit(self, inputs: Inputs, labels: UInt8[np.ndarray, "rows labels"]) -> Params:
-        """weights float32 [F, L], bias float32 [L], and the scale of the inputs."""
+    def fit(
+        self,
+        inputs: Inputs,
+        labels: UInt8[np.ndarray, "rows labels"] | Float[np.ndarray, "rows labels"],
+        ignored: Bool[np.ndarray, "rows labels"] | None = None,
+    ) -> Params:
+        """weights float32 [F, L], bias float32 [L], and the scale of the inputs.
+
+        Args:
+            inputs: [N, F].
+            labels: [N, L]; between 0 and 1 it counts as y ones and 1 - y zeros.
+            ignored: [N, L] entries that do not count.
+        """
         scale = fit_scale(inputs)
         rows = rescale(scale, inputs)
-        positives = labels.sum(0, dtype=np.int64)
-        share = (positives + 0.5) / (len(labels) + 1)
+        counted = np.full(labels.shape[1], len(labels))
+        if ignored is not None:
+            counted = (~ignored).sum(0)
+            labels = np.where(ignored, 0, labels)
+        positives = labels.sum(0, dtype=np.float64)
+        share = (positives + 0.5) / (counted + 1)
         weights = np.zeros((inputs.shape[1], labels.shape[1]), np.float32)
         bias = np.log(share / (1 - share)).astype(np.float32)
 
@@ -49,10 +64,11 @@ class LogisticRegression:
 
         def one(label: int) -> None:
             model = _Regression(C=self.cost, **solver)
-            model.fit(rows, labels[:, label])
+            left_out = None if ignored is None else ignored[:, label]
+            model.fit(*_examples(rows, labels[:, label], left_out))
             weights[:, label], bias[label] = model.coef_[0], model.intercept_[0]
 
-        varying = np.flatnonzero((positives > 0) & (positives < len(labels)))
+        varying = np.flatnonzero((positives > 0) & (positives < counted))
         # The solvers work outside the interpreter's lock and draw no random numbers:
         # threads change the time, not the result.
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -65,6 +81,21 @@ class LogisticRegression:
         """float32 [N, L] probabilities."""
         logits = rescale(params["scale"], inputs) @ np.asarray(params["weights"])
         return expit(logits + np.asarray(params["bias"])[None]).astype(np.float32)
+
+
+def _examples(rows: Inputs, labels: np.ndarray, ignored: np.ndarray | None) -> tuple:
+    """Rows, labels 0 or 1, and weights (None: all 1) of one label's fit.
+
+    A row whose label y lies between stands there twice, with weights y and 1 - y.
+    """
+    if ignored is None and labels.dtype == np.uint8:
+        return rows, labels, None
+    kept = np.arange(len(labels)) if ignored is None else np.flatnonzero(~ignored)
+    between = kept[(labels[kept] > 0) & (labels[kept] < 1)]
+    on = np.concatenate([labels[kept] >= 0.5, labels[between] < 0.5])
+    chosen = np.concatenate([kept, between])
+    weight = np.where(on, labels[chosen], 1 - labels[chosen])
+    return rows[chosen], on.astype(np.uint8), weight
 
 
 def fit_scale(inputs: Inputs) -> Params:

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import scipy.sparse
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from sklearn.neighbors import NearestNeighbors
 
 from cbmlc_jax.models.baselines import logistic_regression as linear
@@ -32,11 +32,20 @@ class LRkNN:
     neighbours: int = 15
     vote: float = 0.3
 
-    def fit(self, inputs: Inputs, labels: UInt8[np.ndarray, "rows labels"]) -> Params:
-        """The regression's parameters, the rows and their labels."""
-        params = linear.LogisticRegression(self.cost).fit(inputs, labels)
+    def fit(
+        self,
+        inputs: Inputs,
+        labels: UInt8[np.ndarray, "rows labels"] | Float[np.ndarray, "rows labels"],
+        ignored: Bool[np.ndarray, "rows labels"] | None = None,
+    ) -> Params:
+        """The regression's parameters, the rows and their labels.
+
+        `ignored` entries count neither in the regression nor in a vote.
+        """
+        params = linear.LogisticRegression(self.cost).fit(inputs, labels, ignored)
         rows = linear.rescale(params["scale"], inputs).astype(np.float32)
-        return {"linear": params, "rows": pack(rows), "labels": labels}
+        found = {"linear": params, "rows": pack(rows), "labels": labels}
+        return found if ignored is None else found | {"ignored": ignored}
 
     def scores(
         self, params: Params, inputs: Inputs
@@ -49,6 +58,7 @@ class LRkNN:
             np.asarray(params["labels"]),
             queries,
             self.neighbours,
+            params.get("ignored"),
         )
         return (1 - self.vote) * ours + self.vote * theirs
 
@@ -58,6 +68,7 @@ def cosine_vote(
     labels: UInt8[np.ndarray, "rows labels"],
     queries: Inputs,
     neighbours: int,
+    ignored: Bool[np.ndarray, "rows labels"] | None = None,
 ) -> Float[np.ndarray, "queries labels"]:
     """Mean label of the nearest rows, weighted by the squared cosine; 0 without any.
 
@@ -66,11 +77,14 @@ def cosine_vote(
         labels: [N, L].
         queries: [Q, F].
         neighbours: k.
+        ignored: [N, L] labels that are not known: their row has no vote on them.
     """
     k = min(neighbours, rows.shape[0])
     index = NearestNeighbors(n_neighbors=k, metric="cosine", algorithm="brute")
     index.fit(rows)
     given = scipy.sparse.csr_array(labels.astype(np.float32))
+    if ignored is not None:
+        unknown = scipy.sparse.csr_array(np.asarray(ignored, np.float32))
     votes = np.zeros((queries.shape[0], labels.shape[1]), np.float32)
     for start in range(0, queries.shape[0], _CHUNK):
         distance, nearest = index.kneighbors(queries[start : start + _CHUNK])
@@ -80,6 +94,9 @@ def cosine_vote(
             (weight.ravel(), nearest.ravel(), ends),
             shape=(len(weight), rows.shape[0]),
         )
-        total = np.maximum(weight.sum(1, keepdims=True), 1e-12)
+        total = weight.sum(1, keepdims=True)
+        if ignored is not None:
+            total = total - (chosen @ unknown).toarray()
+        total = np.maximum(total, 1e-12)
         votes[start : start + _CHUNK] = (chosen @ given).toarray() / total
     return votes

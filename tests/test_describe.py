@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import running
 
-from cbmlc_jax import audit
+from cbmlc_jax import describe
 from cbmlc_jax.data import pipeline
 from cbmlc_jax.data.dataset import UNKNOWN, Dataset, Dense, Ragged, Split
 
@@ -65,7 +65,7 @@ def test_what_is_counted_by_hand(kind, monkeypatch):
     if kind == "numbers":
         config.data.name = "emotions"
         monkeypatch.setitem(pipeline.READERS, "emotions", lambda *_: data)
-    found = audit.audit(config)
+    found = describe.describe(config)
     train = found["sides"]["train"]
     assert train["rows"] == 5 and train["cardinality"] == 2.2
     assert train["most_labels"] == 3 and train["rows_without_labels"] == 0
@@ -79,7 +79,9 @@ def test_what_is_counted_by_hand(kind, monkeypatch):
         {"rows": [0, 1], "labels": [["cat", "dog", "sky"], ["cat", "sky"]]}
     ]
     assert same["test_rows_that_are_in_train"] == 2
-    alike = audit._duplicates(audit._digests(inputs), np.zeros((5, 4), np.uint8), data)
+    alike = describe._duplicates(
+        describe._digests(inputs), np.zeros((5, 4), np.uint8), data
+    )
     assert alike["groups"] == 1 and alike["groups_with_different_labels"] == 0
     few = found["near_empty"]
     assert few["rows"] == 2 and few["empty"] == 1 and few["examples"] == [2, 4]
@@ -93,7 +95,7 @@ def test_what_is_counted_by_hand(kind, monkeypatch):
     assert found["vectors"]["coverage"] == {"whole": 3, "partial": 0, "none": 1}
     assert found["vectors"]["labels_without_vector"] == ["qqq"]
     assert not found["rates"]["reliable"] and found["rates"]["doubt"]
-    text = audit.report(found)
+    text = describe.report(found)
     assert "no training row has qqq" in text and "every training row has sky" in text
     assert "no estimate that could be relied on: fewer than" in text
 
@@ -121,7 +123,7 @@ def test_the_command_line_finds_noise_and_missing_vectors(tmp_path):
 
 
 def test_what_would_take_long_is_left_out(monkeypatch):
-    monkeypatch.setattr(audit, "MOST_WORK", 1000)
-    found = audit.audit(running.tiny_config())
+    monkeypatch.setattr(describe, "MOST_WORK", 1000)
+    found = describe.describe(running.tiny_config())
     assert "would take long" in found["rates"]["skipped"]
-    assert "not estimated" in audit.report(found)
+    assert "not estimated" in describe.report(found)
