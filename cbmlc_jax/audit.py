@@ -117,8 +117,11 @@ def summary(found: issues.Issues, dataset: Dataset) -> Iterator[str]:
         )
     expected, names = found.wrong.sum(0, dtype=np.float64), dataset.label_names
     worst = np.argsort(-expected, kind="stable")[:SHOWN]
-    yield "labels with the most expected: " + ", ".join(
-        f"{names[i]} {expected[i]:.1f} ({int(doubtful[:, i].sum())})" for i in worst
+    yield (
+        "labels with the most expected (in brackets: likelier wrong than right): "
+        + ", ".join(
+            f"{names[i]} {expected[i]:.1f} ({int(doubtful[:, i].sum())})" for i in worst
+        )
     )
     rows = np.argsort(-found.wrong.sum(1, dtype=np.float64), kind="stable")[:SHOWN]
     yield "rows with the most expected: " + ", ".join(

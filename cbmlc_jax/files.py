@@ -39,6 +39,13 @@ def write_array(path: str, array: np.ndarray) -> None:
     write_atomic(path, buffer.getvalue())
 
 
+def write_arrays(path: str, arrays: dict[str, np.ndarray]) -> None:
+    """A compressed .npz file, atomically; read it with allow_pickle=False."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    write_atomic(path, buffer.getvalue())
+
+
 def write_jsonl(path: str, rows: list[dict]) -> None:
     """One JSON object a line, atomically."""
     write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -71,14 +71,12 @@ def write(path: str, issues: Issues, how: str) -> int:
         targets = np.where(doubtful, 1 - given, given)
     else:
         targets = np.where(doubtful, np.nan, given)
-    buffer = io.BytesIO()
-    np.savez_compressed(
-        buffer,
-        how=np.array(how),
-        targets=targets.astype(np.float32),
-        labels=np.array(_digest(issues.labels)),
-    )
-    files.write_atomic(path, buffer.getvalue())
+    content = {
+        "how": np.array(how),
+        "targets": targets.astype(np.float32),
+        "labels": np.array(_digest(issues.labels)),
+    }
+    files.write_arrays(path, content)
     return int((~(targets == given)).sum())
 
 
