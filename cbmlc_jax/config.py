@@ -72,6 +72,8 @@ def base() -> ml_collections.ConfigDict:
     c.noise.seed = 0  # of the flips
     c.noise.validation = "noisy"  # noisy or clean validation labels
     c.noise.known = True  # the realised rates are; False: they are estimated
+    c.noise.r0 = placeholder(float)  # P(0->1), P(1->0) of labels that came noisy, where
+    c.noise.r1 = placeholder(float)  # you know them; they stand over the realised ones
 
     c.embeddings = ml_collections.ConfigDict()
     c.embeddings.source = "auto"  # auto, dataset, file, package, gensim, random
@@ -306,6 +308,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     if flat["embeddings.source"] == "file" and not flat["embeddings.path"]:
         raise ConfigError("config.embeddings.source=file needs config.embeddings.path")
     _check_own(flat)
+    _check_rates(flat)
     _check_encoder(flat)
     name = flat["model.name"]
     if (flat["model.label_graph"] == "correlation") != (name == "ml_gcn"):
@@ -376,6 +379,20 @@ def _check_own(flat: dict[str, object]) -> None:
             )
     if not flat["data.separator"]:
         raise ConfigError("config.data.separator is empty: give what is between labels")
+
+
+def _check_rates(flat: dict[str, object]) -> None:
+    """Whether rates that are given go together with the other settings."""
+    r0, r1 = flat["noise.r0"], flat["noise.r1"]
+    if (r0 is None) != (r1 is None):
+        raise ConfigError(
+            "config.noise.r0 and config.noise.r1 belong together: give both, or neither"
+        )
+    if r0 is not None and not flat["noise.known"]:
+        raise ConfigError(
+            "config.noise.r0 and config.noise.r1 are given, so there is nothing to "
+            "estimate: leave config.noise.known=True"
+        )
 
 
 def _check_encoder(flat: dict[str, object]) -> None:

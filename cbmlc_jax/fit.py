@@ -17,6 +17,7 @@ import numpy as np
 from cbmlc_jax import checkpoints, files, rngs, systems, train
 from cbmlc_jax import run as run_lib
 from cbmlc_jax import task as task_lib
+from cbmlc_jax.models import baselines
 
 
 def train_and_evaluate(config, workdir: str, command: str) -> dict | None:
@@ -31,9 +32,23 @@ def train_and_evaluate(config, workdir: str, command: str) -> dict | None:
     """
     if not run_lib.claim(config, workdir):
         return None
-    run = run_lib.Run(config, workdir)
+    row, text = complete(run_lib.Run(config, workdir), command)
+    print(text)
+    return row
+
+
+def complete(run: run_lib.Run, command: str) -> tuple[dict, str]:
+    """Fits, evaluates and writes everything to the run's workdir.
+
+    Returns:
+        The result row and the report.
+
+    Raises:
+        RunError, CheckpointError: see `train_and_evaluate`.
+    """
+    workdir = run.workdir
     run_lib.write_inputs(run)
-    if config.train.crossfit:
+    if run.config.train.crossfit:
         run = _cross_fit(run)
     history = fit(run)
     params, best, _ = run_lib.chosen_params(workdir, run.system.like)
@@ -41,8 +56,7 @@ def train_and_evaluate(config, workdir: str, command: str) -> dict | None:
     files.write_atomic(os.path.join(workdir, "report.txt"), text)
     files.write_jsonl(os.path.join(workdir, "details.jsonl"), records)
     files.write_jsonl(os.path.join(workdir, "results.jsonl"), [row])
-    print(text)
-    return row
+    return row, text
 
 
 def fit(run: run_lib.Run) -> list[dict]:
@@ -61,13 +75,14 @@ def _search(run: run_lib.Run, store: checkpoints.Checkpoints) -> list[dict]:
     """
     if store.epochs:
         return store.history(store.epochs[-1])
-    inputs = run.system.inputs(run.task.train.inputs)
+    inputs, labels = run.system.inputs(run.task.train.inputs), run.task.train.labels
+    weights = _weights(run)
     history, best = [], None
     for number, (settings, estimator) in enumerate(run.system.candidates, 1):
         start = time.perf_counter()
         params = None
         if run.out_of_fold is None:
-            params = estimator.fit(inputs, run.task.train.labels)
+            params = estimator.fit(inputs, labels, **weights)
         line = {
             "epoch": number,
             "settings": settings,
@@ -82,11 +97,21 @@ def _search(run: run_lib.Run, store: checkpoints.Checkpoints) -> list[dict]:
     chosen = run_lib.choose_epoch(history)
     if run.out_of_fold is not None:  # the folds have chosen: one fit is enough
         start = time.perf_counter()
-        best = run.system.candidates[chosen - 1][1].fit(inputs, run.task.train.labels)
+        best = run.system.candidates[chosen - 1][1].fit(inputs, labels, **weights)
         history[chosen - 1]["seconds"] = round(time.perf_counter() - start, 2)
     store.save(chosen, best, {"candidate": np.array(chosen)}, history)
     files.write_jsonl(os.path.join(run.workdir, "metrics.jsonl"), history)
     return history
+
+
+def _weights(run: run_lib.Run) -> dict[str, np.ndarray]:
+    """The argument of an estimator's `fit` for weights of rows; {} without them."""
+    weights, name = run.task.train.sample_weight, run.config.model.name
+    if weights is None:
+        return {}
+    if name not in baselines.TAKES_WEIGHTS:
+        raise run_lib.RunError(f"{name} cannot weigh rows: leave sample_weight out")
+    return {"weights": weights}
 
 
 def _show(line: dict) -> None:

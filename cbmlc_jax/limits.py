@@ -23,6 +23,7 @@ ENCODERS_OF = {
     "emotions": ("dense",),
     "voc": NETWORKS,
     "own": (*TOKENS, "dense", *NETWORKS),
+    "memory": (*TOKENS, "dense"),  # given to an estimator
 }
 # Kind of inputs (Dataset.kind) -> encoders that read it, the one for `auto` first.
 ENCODERS_OF_KIND = {
@@ -73,6 +74,8 @@ RANGES = {
     "data.side": (32, 2048),
     "data.workers": (0, 64),
     "noise.rate": (0.0, 1.0),
+    "noise.r0": (0.0, 1.0),
+    "noise.r1": (0.0, 1.0),
     "model.num_blocks": (1, None),
     "model.width": (1, None),
     "model.num_heads": (1, None),

@@ -71,7 +71,7 @@ class Run:
         out_of_fold: OutOfFold | None = None,
     ):
         self.workdir, self.out_of_fold = workdir, out_of_fold
-        self.task = task or _built(config)
+        self.task = task or built(config)
         self.config = config = config_lib.settled(config, self.task.dataset.kind)
         self.system = systems.create(
             config, self.task.meta, self.task.widths, self.task.graph
@@ -132,23 +132,14 @@ class Run:
     def finish(
         self, params: PyTree, history: list[dict], best: int, command: str
     ) -> tuple[dict, str, list[dict]]:
-        """Evaluates the chosen parameters on test.
+        """Chooses thresholds; evaluates the chosen parameters on test, if there is.
 
         Returns:
             The result row, the report's text, and the records of `details`.
         """
         start = time.perf_counter()
         validation = self.validation(params)
-        test = self.task.test
-        scores, decoded = self.system.predict(params, test.inputs)
-        scores = counted(scores, test)
-        parts, warnings = evaluate.protocols(
-            validation,
-            scores,
-            test.labels,
-            per_label=self.config.eval.per_label_thresholds,
-            decoded=decoded,
-        )
+        parts, warnings, scores = self._parts(params, validation)
         records = self._details(params, scores, parts["thresholds"]["corrected_val"])
         chosen = next(line for line in history if line["epoch"] == best)
         training = sum(line["seconds"] for line in history)
@@ -177,10 +168,30 @@ class Run:
         )
         return row, results.report(row, scores, self.task, warnings), records
 
+    def _parts(
+        self, params: PyTree, validation: evaluate.Validation
+    ) -> tuple[dict, list[str], np.ndarray | None]:
+        """Parts of the row and warnings of `evaluate.protocols`; test scores."""
+        test = self.task.test
+        if not len(test):  # the rows were given to an estimator
+            chosen, warnings = evaluate.choose(validation)
+            return {"metrics": {}, "thresholds": chosen, "ranking": {}}, warnings, None
+        scores, decoded = self.system.predict(params, test.inputs)
+        scores = counted(scores, test)
+        parts, warnings = evaluate.protocols(
+            validation,
+            scores,
+            test.labels,
+            per_label=self.config.eval.per_label_thresholds,
+            decoded=decoded,
+        )
+        return parts, warnings, scores
+
     def _details(self, params: PyTree, scores, chosen: dict[str, float]) -> list[dict]:
-        """What to keep of the test scores and of the label nodes."""
-        task = self.task
-        records = [details.predictions(scores, task.test.labels, chosen)]
+        """What to keep of the test scores, if any, and of the label nodes."""
+        task, records = self.task, []
+        if scores is not None:
+            records.append(details.predictions(scores, task.test.labels, chosen))
         decoder = params.get("params", {}).get("decoder", {})
         if "label_embeddings" in decoder:
             vectors = np.asarray(decoder["label_embeddings"])
@@ -206,8 +217,18 @@ def counted(scores: np.ndarray, split: pipeline.Split) -> np.ndarray:
     return np.where(split.ignored, np.float32(0), scores)
 
 
-def _built(config) -> task_lib.Task:
-    task = task_lib.build(config)
+def built(config, dataset: pipeline.Dataset | None = None) -> task_lib.Task:
+    """The task of a config, with noise rates that are estimated where unknown.
+
+    Args:
+        config: validated.
+        dataset: stands for what the config names, where it is at hand.
+
+    Raises:
+        RunError: rates cannot be estimated from these rows.
+        DataError, EmbeddingError, WeightsError: see `task.build`.
+    """
+    task = task_lib.build(config, dataset)
     if config.noise.known:
         return task
     if not task.meta.num_features:

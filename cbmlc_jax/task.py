@@ -60,13 +60,17 @@ class Task:
     widths: list[int]
 
 
-def build(config) -> Task:
+def build(config, dataset: pipeline.Dataset | None = None) -> Task:
     """Reads the data, draws noise and split, looks up the word vectors.
+
+    Args:
+        config: validated.
+        dataset: stands for what the config names, where it is at hand.
 
     Raises:
         DataError, EmbeddingError, WeightsError: see there.
     """
-    dataset = load(config)
+    dataset = dataset or load(config)
     config = config_lib.settled(config, dataset.kind)
     inputs, test = model_inputs(config, dataset.train.inputs, dataset.test.inputs)
     test = dataclasses.replace(dataset.test, inputs=test)
@@ -222,10 +226,10 @@ def _on_rows(config, whole: tuple, train_rows, validation_rows) -> Task:
         "train": noise.realised(clean[train_rows], noisy[train_rows]),
         "validation": noise.realised(clean[validation_rows], noisy[validation_rows]),
     }
-    ignored = dataset.train.ignored
 
     def split(labels: np.ndarray, rows: np.ndarray) -> pipeline.Split:
-        return pipeline.Split(inputs, labels, ignored).take(rows)
+        whole = dataclasses.replace(dataset.train, inputs=inputs, labels=labels)
+        return whole.take(rows)
 
     train = split(noisy, train_rows)
     return Task(
@@ -236,7 +240,7 @@ def _on_rows(config, whole: tuple, train_rows, validation_rows) -> Task:
         validation=split(seen, validation_rows),
         validation_clean=clean[validation_rows],
         test=test,
-        rates=Rates(realised["train"].p01, realised["train"].p10, "known"),
+        rates=_rates(config, realised["train"]),
         realised=realised,
         prior=train.labels.mean(0),
         meta=Meta(
@@ -249,6 +253,12 @@ def _on_rows(config, whole: tuple, train_rows, validation_rows) -> Task:
         graph=_graph(config, train.labels, dataset.label_names),
         widths=pipeline.bucket_widths(train.inputs.lengths, config.data.length_buckets),
     )
+
+
+def _rates(config, realised: noise.Realised) -> Rates:
+    if config.noise.r0 is not None:
+        return Rates(config.noise.r0, config.noise.r1, "given")
+    return Rates(realised.p01, realised.p10, "known")
 
 
 def _input_meta(inputs: pipeline.Inputs, feature_names: tuple[str, ...]) -> dict:

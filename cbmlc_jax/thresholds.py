@@ -35,7 +35,8 @@ class Rates:
     Attributes:
         r0: P(0->1), the share of negatives that were turned on.
         r1: P(1->0), the share of positives that were turned off.
-        source: "known" (realised by the injector) or "estimated".
+        source: "known" (realised by the injector), "given" (by the user, in
+            config.noise.r0 and r1) or "estimated".
         doubt: why an estimate is not to be used; "" where it is.
     """
 

@@ -111,7 +111,8 @@ def make_train_step(
         + lambda context_penalty
 
     or, for a model with an objective of its own, sum_i loss_i [divided by the valid
-    rows].
+    rows].  Where rows have a weight w_i, each loss_i is w_i loss_i, and "valid rows" is
+    the sum of their weights.
 
     Args:
         model: linen module that returns `models.Outputs`.
@@ -140,8 +141,12 @@ def make_train_step(
             mutable=["batch_stats"],
         )
         stats = changed.get("batch_stats", {})
+        weight_of_row = batch.get("sample_weight")
         if outputs.loss is not None:
-            return jnp.sum(jnp.where(batch["mask"], outputs.loss, 0.0)), stats
+            loss = outputs.loss
+            if weight_of_row is not None:
+                loss *= weight_of_row
+            return jnp.sum(jnp.where(batch["mask"], loss, 0.0)), stats
         labels = batch["labels"].astype(outputs.logits.dtype)
 
         def summed(logits):
@@ -151,6 +156,8 @@ def make_train_step(
             )
             if "ignored" in batch:
                 element = jnp.where(batch["ignored"], 0.0, element)
+            if weight_of_row is not None:
+                element *= weight_of_row[:, None]
             return losses.total(element, mask)
 
         loss = summed(outputs.logits)
@@ -168,9 +175,10 @@ def make_train_step(
             state.params, state.stats, batch, constants["graph"], state.step
         )
         examples = jnp.sum(batch["mask"])
-        loss, grads, examples = total((loss, grads, examples), axis)
+        rows = jnp.sum(batch["sample_weight"]) if "sample_weight" in batch else examples
+        loss, grads, examples, rows = total((loss, grads, examples, rows), axis)
         if settings.reduction == "mean":
-            terms = jnp.maximum(examples, 1)
+            terms = jnp.where(rows > 0, rows, 1)
             if config.model.name not in OWN_OBJECTIVE:
                 terms *= batch["labels"].shape[-1]
             loss, grads = jax.tree.map(lambda x: x / terms, (loss, grads))

@@ -62,7 +62,16 @@ ALLOWED = PURE | {
         "task",
         "thresholds",
     },
-    "fit": {"checkpoints", "files", "rngs", "run", "systems", "task", "train"},
+    "fit": {
+        "checkpoints",
+        "files",
+        "models",
+        "rngs",
+        "run",
+        "systems",
+        "task",
+        "train",
+    },
     "train": {
         "checkpoints",
         "data",
@@ -89,6 +98,19 @@ ALLOWED = PURE | {
         "thresholds",
     },
     "audit": {"config", "data", "embeddings", "files", "run", "task"},
+    "run_files": {"files", "run"},
+    "targets": {"data"},
+    "classifier": {
+        "config",
+        "data",
+        "fit",
+        "predict",
+        "run",
+        "run_files",
+        "targets",
+        "thresholds",
+    },
+    "estimators": {"classifier"},
     "main": {"audit", "config", "errors", "fit", "parallel", "predict", "run"},
 }
 

@@ -212,19 +212,30 @@ class Split:
         labels: uint8 [N, L], 0 or 1.
         ignored: bool [N, L], entries that count neither in training nor in a score
             (their label is 0); None: all count.
+        sample_weight: float32 [N], > 0, the factor of a row in the loss; None: 1.  It
+            counts in the loss alone, in no score.
     """
 
     inputs: Inputs
     labels: np.ndarray
     ignored: np.ndarray | None = None
+    sample_weight: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, rows: np.ndarray) -> Split:
         """The given rows, in the given order."""
-        ignored = None if self.ignored is None else self.ignored[rows]
-        return Split(self.inputs.take(rows), self.labels[rows], ignored)
+
+        def taken(values: np.ndarray | None) -> np.ndarray | None:
+            return None if values is None else values[rows]
+
+        return Split(
+            self.inputs.take(rows),
+            self.labels[rows],
+            taken(self.ignored),
+            taken(self.sample_weight),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,4 +287,7 @@ class Dataset:
                 if labels is not None:
                     for part in _bytes(labels, "u1"):
                         digest.update(part)
+            if split.sample_weight is not None:
+                for part in _bytes(split.sample_weight, "<f4"):
+                    digest.update(part)
         return digest.hexdigest()

@@ -68,7 +68,15 @@ def _own(settings, folder) -> Dataset:
     return own.load(settings, folder)
 
 
+def _memory(settings, folder) -> Dataset:
+    raise DataError(
+        "the rows of this run were given to an estimator and lie in no file: predict "
+        "with --mode=predict, or load the folder with the estimator's load()"
+    )
+
+
 READERS = {
+    "memory": _memory,
     "synthetic": _synthetic,
     "bibtex": _mulan,
     "delicious": _mulan,
@@ -222,8 +230,8 @@ def plan_batches(
 class Batches:
     """The batches of a plan, by number: the inputs' arrays (`tokens` int32 [B, S] and
     perhaps `weights`, `features` or `images`), `mask` bool [B], `rows` uint32 [B] (the
-    position in the global batch) and, where given, `labels` uint8 [B, L] and `ignored`
-    bool [B, L].
+    position in the global batch) and, where given, `labels` uint8 [B, L], `ignored`
+    bool [B, L] and `sample_weight` float32 [B].
 
     Args:
         inputs: N rows.
@@ -248,10 +256,11 @@ class Batches:
             batch = self.inputs.augmented(rows, self._random)
         batch |= {"mask": mask, "rows": np.arange(len(rows), dtype=np.uint32)}
         if self._split is not None:
-            for name in ("labels", "ignored"):
+            for name in ("labels", "ignored", "sample_weight"):
                 values = getattr(self._split, name)
                 if values is not None:
-                    batch[name] = values[rows] * mask[:, None]
+                    valid = mask if values.ndim == 1 else mask[:, None]
+                    batch[name] = values[rows] * valid
         return batch
 
 

@@ -23,7 +23,10 @@ class Estimator(Protocol):
     """A model that is fitted in one call."""
 
     def fit(self, inputs: Inputs, labels: UInt8[np.ndarray, "rows labels"]) -> Params:
-        """Learns from inputs [N, F] and labels [N, L]; labels may be all 0 or 1."""
+        """Learns from inputs [N, F] and labels [N, L]; labels may be all 0 or 1.
+
+        Those of `baselines.TAKES_WEIGHTS` also take `weights` float32 [N].
+        """
 
     def scores(
         self, params: Params, inputs: Inputs

@@ -33,13 +33,22 @@ class LogisticRegression:
 
     cost: float = 1.0
 
-    def fit(self, inputs: Inputs, labels: UInt8[np.ndarray, "rows labels"]) -> Params:
-        """weights float32 [F, L], bias float32 [L], and the scale of the inputs."""
+    def fit(
+        self,
+        inputs: Inputs,
+        labels: UInt8[np.ndarray, "rows labels"],
+        weights: Float[np.ndarray, " rows"] | None = None,
+    ) -> Params:
+        """weights float32 [F, L], bias float32 [L], and the scale of the inputs.
+
+        `weights` [N] are factors of the rows' terms in the sum over i; the scale does
+        not read them.
+        """
         scale = fit_scale(inputs)
         rows = rescale(scale, inputs)
         positives = labels.sum(0, dtype=np.int64)
         share = (positives + 0.5) / (len(labels) + 1)
-        weights = np.zeros((inputs.shape[1], labels.shape[1]), np.float32)
+        coefficients = np.zeros((inputs.shape[1], labels.shape[1]), np.float32)
         bias = np.log(share / (1 - share)).astype(np.float32)
 
         # liblinear would store dense rows as sparse ones, at many times the cost.
@@ -49,15 +58,15 @@ class LogisticRegression:
 
         def one(label: int) -> None:
             model = _Regression(C=self.cost, **solver)
-            model.fit(rows, labels[:, label])
-            weights[:, label], bias[label] = model.coef_[0], model.intercept_[0]
+            model.fit(rows, labels[:, label], sample_weight=weights)
+            coefficients[:, label], bias[label] = model.coef_[0], model.intercept_[0]
 
         varying = np.flatnonzero((positives > 0) & (positives < len(labels)))
         # The solvers work outside the interpreter's lock and draw no random numbers:
         # threads change the time, not the result.
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             list(pool.map(one, varying))
-        return {"weights": weights, "bias": bias, "scale": scale}
+        return {"weights": coefficients, "bias": bias, "scale": scale}
 
     def scores(
         self, params: Params, inputs: Inputs

@@ -21,6 +21,8 @@ class LRkNN:
 
     j runs over the k training rows of the largest cosine s_j with the query, on the
     same tf-idf (or standardised) rows as the regression; a negative s_j counts 0.
+    Where rows have weights w, w_j s_j^2 stands for s_j^2: a row of weight 2 is one
+    neighbour, not two.
 
     Attributes:
         cost: C of the regression.
@@ -32,11 +34,17 @@ class LRkNN:
     neighbours: int = 15
     vote: float = 0.3
 
-    def fit(self, inputs: Inputs, labels: UInt8[np.ndarray, "rows labels"]) -> Params:
-        """The regression's parameters, the rows and their labels."""
-        params = linear.LogisticRegression(self.cost).fit(inputs, labels)
+    def fit(
+        self,
+        inputs: Inputs,
+        labels: UInt8[np.ndarray, "rows labels"],
+        weights: Float[np.ndarray, " rows"] | None = None,
+    ) -> Params:
+        """The regression's parameters, the rows, their labels and weights."""
+        params = linear.LogisticRegression(self.cost).fit(inputs, labels, weights)
         rows = linear.rescale(params["scale"], inputs).astype(np.float32)
-        return {"linear": params, "rows": pack(rows), "labels": labels}
+        found = {"linear": params, "rows": pack(rows), "labels": labels}
+        return found if weights is None else found | {"weights": weights}
 
     def scores(
         self, params: Params, inputs: Inputs
@@ -49,6 +57,7 @@ class LRkNN:
             np.asarray(params["labels"]),
             queries,
             self.neighbours,
+            np.asarray(params["weights"]) if "weights" in params else None,
         )
         return (1 - self.vote) * ours + self.vote * theirs
 
@@ -58,6 +67,7 @@ def cosine_vote(
     labels: UInt8[np.ndarray, "rows labels"],
     queries: Inputs,
     neighbours: int,
+    weights: Float[np.ndarray, " rows"] | None = None,
 ) -> Float[np.ndarray, "queries labels"]:
     """Mean label of the nearest rows, weighted by the squared cosine; 0 without any.
 
@@ -66,6 +76,7 @@ def cosine_vote(
         labels: [N, L].
         queries: [Q, F].
         neighbours: k.
+        weights: [N] of the training rows; None: 1.
     """
     k = min(neighbours, rows.shape[0])
     index = NearestNeighbors(n_neighbors=k, metric="cosine", algorithm="brute")
@@ -75,6 +86,8 @@ def cosine_vote(
     for start in range(0, queries.shape[0], _CHUNK):
         distance, nearest = index.kneighbors(queries[start : start + _CHUNK])
         weight = np.clip(1 - distance, 0, 1).astype(np.float32) ** 2
+        if weights is not None:
+            weight *= weights[nearest]
         ends = np.arange(0, weight.size + 1, k)
         chosen = scipy.sparse.csr_array(
             (weight.ravel(), nearest.ravel(), ends),
