@@ -38,6 +38,17 @@ from cbmlc_jax.data.dataset import Dataset
 # noisy_val, with a warning, where the noise rates cannot be used.
 _PROTOCOLS = {"corrected_val": "auto", "noisy_val": "noisy_val"}
 _METRICS = ("ebF1", "miF1", "maF1")
+# What `save` writes of a fitted estimator, beside the run's files.
+_FITTED = (
+    "classes_",
+    "feature_names_in_",
+    "kind_",
+    "label_names_",
+    "n_features_in_",
+    "one_column_",
+    "result_",
+    "threshold_",
+)
 
 
 class Classifier(ClassifierMixin, BaseEstimator):
@@ -115,7 +126,7 @@ class Classifier(ClassifierMixin, BaseEstimator):
         params = self.get_params(deep=False)
         if not isinstance(params["random_state"], numbers.Integral | None):
             params["random_state"] = self.result_["seed"]
-        fitted = {k: v for k, v in vars(self).items() if k.endswith("_")}
+        fitted = {k: v for k, v in vars(self).items() if k in _FITTED}
         content = {"class": type(self).__name__, "params": params, "fitted": fitted}
         text = json.dumps(content, default=_plain, indent=2) + "\n"
         run_files.write(self._files | {run_files.ESTIMATOR: text.encode()}, path)
@@ -133,12 +144,15 @@ class Classifier(ClassifierMixin, BaseEstimator):
             if content["class"] != cls.__name__:
                 raise run_lib.RunError(f"{path} holds a {content['class']}: load that")
             self = cls(**content["params"])
-            for name, value in content["fitted"].items():
-                array = name in ("classes_", "feature_names_in_")
-                setattr(self, name, np.array(value) if array else value)
-            if "feature_names_in_" in content["fitted"]:
-                self.feature_names_in_ = self.feature_names_in_.astype(object)
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            fitted = content["fitted"]
+            fitted["classes_"] = np.array(fitted["classes_"])
+            if "feature_names_in_" in fitted:
+                names = np.array(fitted["feature_names_in_"], object)
+                fitted["feature_names_in_"] = names
+            vars(self).update({k: v for k, v in fitted.items() if k in _FITTED})
+        except run_lib.RunError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
             raise run_lib.RunError(
                 f"{path} holds no {cls.__name__} that save() wrote ({error!r})"
             ) from error
@@ -221,10 +235,34 @@ class Classifier(ClassifierMixin, BaseEstimator):
         Raises:
             ConfigError: a parameter is not what it must be.
         """
-        count, seed = len(dataset.train), self.random_state
+        overrides = dict(self.config_overrides or {})
+        self._check_overrides(overrides)
+        config = config_lib.base()
+        try:
+            for key, value in (self._settings() | overrides).items():
+                _set(config, key, value)
+            config_lib.settle(config, set(overrides))
+            config = config_lib.settled(config, dataset.kind)
+        except config_lib.ConfigError as error:
+            text = str(error)
+            rates = {f"noise_rates[{i}]": f"noise.r{i}" for i in (0, 1)}
+            for name, key in (self._KEYS | rates).items():
+                text = text.replace(f"config.{key}=", f"{name}=")
+            raise config_lib.ConfigError(text) from None
+        # Few rows are no mistake here.
+        count = len(dataset.train)
+        config.train.crossfit = min(config.train.crossfit, count)
+        if config.data.validation_size is None:
+            wanted = int(config.data.validation_fraction * count)
+            config.data.validation_size = max(1, wanted)
+        return config
+
+    def _settings(self) -> dict[str, object]:
+        """The keys that differ from the base config, without the overrides."""
+        seed = self.random_state
         if not isinstance(seed, numbers.Integral):
             seed = check_random_state(seed).randint(2**31)
-        values = {
+        return {
             "seed": seed,
             "data.name": "memory",
             "data.split_seed": seed,
@@ -234,35 +272,21 @@ class Classifier(ClassifierMixin, BaseEstimator):
             "train.progress": bool(self.verbose),
             **self._rates(),
             **self._values(),
+            **{key: getattr(self, name) for name, key in self._KEYS.items()},
         }
-        values |= {key: getattr(self, name) for name, key in self._KEYS.items()}
-        if not values["train.crossfit"]:
-            wanted = int(values["data.validation_fraction"] * count)
-            values["data.validation_size"] = max(1, wanted)
-        values["train.crossfit"] = min(values["train.crossfit"], count)
-        overrides = dict(self.config_overrides or {})
+
+    def _check_overrides(self, overrides: dict[str, object]) -> None:
+        """Refuses keys that parameters stand for, or that are this class's own."""
         parameters = {key: name for name, key in self._KEYS.items()}
         for key in overrides:
-            if key in ("data.name", "model.name", *parameters):
+            if key in parameters:
                 raise config_lib.ConfigError(
-                    f"config_overrides has {key!r}: "
-                    + (
-                        f"set {parameters[key]} instead"
-                        if key in parameters
-                        else f"it is {values[key]} in {type(self).__name__}"
-                    )
+                    f"config_overrides has {key!r}: set {parameters[key]} instead"
                 )
-        config = config_lib.base()
-        for key, value in (values | overrides).items():
-            _set(config, key, value)
-        try:
-            config_lib.settle(config, set(overrides))
-            return config_lib.settled(config, dataset.kind)
-        except config_lib.ConfigError as error:
-            text = str(error)
-            for key, name in parameters.items():
-                text = text.replace(f"config.{key}=", f"{name}=")
-            raise config_lib.ConfigError(text) from None
+            if key in ("data.name", "model.name"):
+                raise config_lib.ConfigError(
+                    f"config_overrides has {key!r}, which {type(self).__name__} says"
+                )
 
     def _rates(self) -> dict[str, object]:
         """Keys of `noise_rates`."""
@@ -334,4 +358,6 @@ def _plain(value: object) -> object:
     """numpy's arrays and numbers, and tuples' like, as JSON has them."""
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     raise TypeError(f"{value!r} cannot be saved as JSON")

@@ -43,8 +43,8 @@ def encoded(y: np.ndarray | scipy.sparse.csr_array) -> tuple[np.ndarray, np.ndar
         DataError: other values, or rows that all have the same labels.
         ValueError: scikit-learn's, for a y of real numbers.
     """
-    if scipy.sparse.issparse(y) or (y.ndim == 2 and y.shape[1] != 1):
-        y = y.toarray() if scipy.sparse.issparse(y) else y
+    y = y.toarray() if scipy.sparse.issparse(y) else y
+    if y.ndim == 2 and y.shape[1] != 1:
         labels, classes = _indicators(y), np.arange(y.shape[1])
     else:
         y = column_or_1d(y, warn=True)
