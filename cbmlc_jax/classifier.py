@@ -38,17 +38,17 @@ from cbmlc_jax.data.dataset import Dataset
 # noisy_val, with a warning, where the noise rates cannot be used.
 _PROTOCOLS = {"corrected_val": "auto", "noisy_val": "noisy_val"}
 _METRICS = ("ebF1", "miF1", "maF1")
-# What `save` writes of a fitted estimator, beside the run's files.
+# What `save` writes of a fitted estimator, beside the run's files; the latter only for
+# matrices and data frames.
 _FITTED = (
     "classes_",
-    "feature_names_in_",
     "kind_",
     "label_names_",
-    "n_features_in_",
     "one_column_",
     "result_",
     "threshold_",
 )
+_OF_MATRICES = ("n_features_in_", "feature_names_in_")
 
 
 class Classifier(ClassifierMixin, BaseEstimator):
@@ -126,7 +126,8 @@ class Classifier(ClassifierMixin, BaseEstimator):
         params = self.get_params(deep=False)
         if not isinstance(params["random_state"], numbers.Integral | None):
             params["random_state"] = self.result_["seed"]
-        fitted = {k: v for k, v in vars(self).items() if k in _FITTED}
+        names = [*_FITTED, *(n for n in _OF_MATRICES if hasattr(self, n))]
+        fitted = {name: getattr(self, name) for name in names}
         content = {"class": type(self).__name__, "params": params, "fitted": fitted}
         text = json.dumps(content, default=_plain, indent=2) + "\n"
         run_files.write(self._files | {run_files.ESTIMATOR: text.encode()}, path)
@@ -145,11 +146,11 @@ class Classifier(ClassifierMixin, BaseEstimator):
                 raise run_lib.RunError(f"{path} holds a {content['class']}: load that")
             self = cls(**content["params"])
             fitted = content["fitted"]
-            fitted["classes_"] = np.array(fitted["classes_"])
+            for name in (*_FITTED, *(n for n in _OF_MATRICES if n in fitted)):
+                setattr(self, name, fitted[name])
+            self.classes_ = np.array(self.classes_)
             if "feature_names_in_" in fitted:
-                names = np.array(fitted["feature_names_in_"], object)
-                fitted["feature_names_in_"] = names
-            vars(self).update({k: v for k, v in fitted.items() if k in _FITTED})
+                self.feature_names_in_ = np.array(self.feature_names_in_, object)
         except run_lib.RunError:
             raise
         except (KeyError, TypeError, ValueError) as error:
@@ -203,7 +204,7 @@ class Classifier(ClassifierMixin, BaseEstimator):
                 ensure_min_samples=2,
             )
         else:
-            for name in ("n_features_in_", "feature_names_in_"):  # of another fit
+            for name in _OF_MATRICES:  # of another fit
                 vars(self).pop(name, None)
             y = check_array(
                 y, accept_sparse="csr", dtype=None, ensure_2d=False, input_name="y"

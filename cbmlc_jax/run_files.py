@@ -35,11 +35,16 @@ def read(folder: str) -> RunFiles:
     Raises:
         RunError: there is no finished run, or it is larger than `LARGEST`.
     """
-    rows = files.read_jsonl(os.path.join(folder, "results.jsonl"))
-    if not rows:
+    path = os.path.join(folder, "results.jsonl")
+    try:
+        rows = files.read_jsonl(path)
+        epoch = int(rows[-1]["epoch"]) if rows else None
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{path} is damaged: {error!r}") from error
+    if epoch is None:
         raise RunError(f"{folder} holds no finished run (no results.jsonl there)")
     paths = [name for name in _KEPT if os.path.isfile(os.path.join(folder, name))]
-    chosen = os.path.join(folder, _CHECKPOINTS, str(int(rows[-1]["epoch"])))
+    chosen = os.path.join(folder, _CHECKPOINTS, str(epoch))
     for here, folders, names in os.walk(chosen):
         if here == chosen and _OPTIMIZER in folders:
             folders.remove(_OPTIMIZER)

@@ -465,7 +465,7 @@ def test_two_devices_train_as_one(tmp_path):
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_a_row_of_weight_two_is_two_rows_of_a_step(reduction):
+def test_a_row_of_weight_three_is_three_rows_of_a_step(reduction):
     config = running.tiny_config(
         **{"model.dropout": 0.0, "loss.reduction": reduction, "optim.name": "sgd"}
     )
@@ -478,12 +478,12 @@ def test_a_row_of_weight_two_is_two_rows_of_a_step(reduction):
     state = train.TrainState(jnp.zeros((), jnp.int32), params, {}, tx.init(params))
     constants = {"graph": None, "word_vectors": run.task.meta.label_vectors}
     some = run.task.train.take(np.arange(3))
-    weights = np.array([1, 2, 0], np.float32)
+    weights = np.array([1, 3, 0], np.float32)
     weighted = dataclasses.replace(some, sample_weight=weights)
     after = {}
     for name, split, rows in (
         ("weighted", weighted, [0, 1, 2, -1]),
-        ("repeated", some, [0, 1, 1, -1]),
+        ("repeated", some, [0, 1, 1, 1]),
         ("plain", some, [0, 1, 2, -1]),
     ):
         plan = pipeline.Plan(np.array([rows]), [int(some.inputs.lengths.max())])
