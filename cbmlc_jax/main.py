@@ -43,6 +43,10 @@ def define_flags() -> None:
         "metric", "miF1", ("ebF1", "miF1", "maF1"), "predict: the threshold's metric."
     )
     number("threshold", None, "predict: stands over --protocol.", 0.0, 1.0)
+    number("precision", None, "predict: the least, promised on validation.", 0.0, 1.0)
+    flags.DEFINE_bool("per_label", False, "predict: a threshold for each label.")
+    flags.DEFINE_integer("min_labels", 0, "predict: at least so many of a row.", 0)
+    flags.DEFINE_integer("max_labels", None, "predict: at most so many of a row.", 1)
     flags.DEFINE_integer("top_k", None, "predict: write only the best scores.", 1)
 
 
@@ -61,15 +65,8 @@ def main(argv: list[str]) -> None:
     if values.mode == "predict":
         from cbmlc_jax import predict
 
-        predict.predict_file(
-            workdir,
-            values.input,
-            values.output,
-            protocol=values.protocol,
-            metric=values.metric,
-            threshold=values.threshold,
-            top_k=values.top_k,
-        )
+        rule = predict.rule_of(values)
+        predict.predict_file(workdir, values.input, values.output, rule, values.top_k)
         return
     if values.mode == "data":
         from cbmlc_jax import audit

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
-import warnings
 from collections.abc import Iterator
 
 import numpy as np
 
 from cbmlc_jax import config as config_lib
-from cbmlc_jax import files, models, reading, systems, task, thresholds
+from cbmlc_jax import files, models, reading, rules, systems, task, validation
 from cbmlc_jax import run as run_lib
 from cbmlc_jax.data.dataset import DataError, Inputs
+from cbmlc_jax.decision import Decision
 
 
 class Predictor:
@@ -86,79 +87,53 @@ def _graph(neighbours: list | None, weights: list | None) -> np.ndarray | None:
     return graph
 
 
-def choose_threshold(workdir: str, protocol: str, metric: str) -> float:
-    """The threshold of a protocol, from the run's result row.
+def rule_of(values) -> rules.Rule:
+    """The rule that the command line states, in flags of its fields' names."""
+    fields = dataclasses.fields(rules.Rule)
+    return rules.Rule(**{field.name: values[field.name].value for field in fields})
 
-    "auto" is corrected_val where the noise rates are known or reliably estimated and
-    leave information, else noisy_val with a warning.
+
+def choose(workdir: str, rule: rules.Rule) -> Decision:
+    """The decision of a rule, from what the run left in its workdir.
 
     Raises:
-        RunError: the run is not finished, so that it has no thresholds yet.
+        RuleError, ValidationError: see `rules.choose` and `validation.read`.
     """
+    rule.check()
     rows = files.read_jsonl(os.path.join(workdir, "results.jsonl"))
-    if not rows:
-        raise run_lib.RunError(
-            f"{workdir} has no finished run, so no threshold was chosen: let it finish "
-            "or give --threshold"
-        )
-    row = rows[-1]
-    if protocol == "auto":
-        protocol = "corrected_val"
-        found = row["rates"]
-        doubt = found.get("doubt", "")
-        rates = thresholds.Rates(found["r0"], found["r1"], found["source"], doubt)
-        if not rates.usable:
-            protocol = "noisy_val"
-            warnings.warn(
-                f"{rates.reason}: the threshold is that of noisy_val, which is biased "
-                "by the noise",
-                stacklevel=2,
-            )
-    return row["thresholds"][protocol][metric]
+    found = validation.read(workdir) if rule.reads_validation and rows else None
+    return rules.choose(rule, rows[-1] if rows else None, found)
 
 
 def predict_file(
     workdir: str,
     source: str | None,
     target: str | None,
-    *,
-    protocol: str = "auto",
-    metric: str = "miF1",
-    threshold: float | None = None,
+    rule: rules.Rule = rules.RUNS,
     top_k: int | None = None,
 ) -> None:
     """Writes one JSON line a row: {"labels": [...], "scores": {label: score}}.
 
-    Labels are those with score >= threshold, best first; scores are of all labels or
-    of the `top_k` best, best first.  `target` appears only when it is complete.
+    Labels are those of the rule, best first; scores are of all labels or of the
+    `top_k` best, best first.  `target` appears only when it is complete.
 
     Raises:
-        DataError, RunError, CheckpointError: see there.
+        DataError, RunError, RuleError, CheckpointError: see there.
     """
     if not source:
         raise DataError("--mode=predict needs --input, an ARFF or JSON lines file")
     if not os.path.exists(source):
         raise DataError(f"no such file: {source}")
-    if threshold is None:
-        threshold = choose_threshold(workdir, protocol, metric)
     predictor = Predictor(workdir)
-    rows = _rows(predictor, source, threshold, top_k)
+    rows = _rows(predictor, source, choose(workdir, rule), top_k)
     if target is None:
         sys.stdout.writelines(rows)
     else:
         files.write_atomic(target, rows)
 
 
-def _rows(predictor, source, threshold, top_k) -> Iterator[str]:
-    names = np.array(predictor.label_names)
+def _rows(predictor, source, decision: Decision, top_k) -> Iterator[str]:
     for inputs in predictor.read(source):
         scores = predictor.scores(inputs)
-        chosen = thresholds.apply(scores, threshold)
-        order = np.argsort(-scores, axis=1, kind="stable")
-        for score, mine, ranked in zip(scores, chosen, order, strict=True):
-            shown = ranked if top_k is None else ranked[:top_k]
-            row = {
-                "labels": names[ranked[mine[ranked]]].tolist(),
-                "scores": {names[i]: round(float(score[i]), 6) for i in shown},
-            }
+        for row in decision.lines(predictor.label_names, scores, top_k):
             yield json.dumps(row) + "\n"

@@ -27,6 +27,7 @@ from cbmlc_jax import (
 )
 from cbmlc_jax import config as config_lib
 from cbmlc_jax import task as task_lib
+from cbmlc_jax import validation as validation_lib
 from cbmlc_jax.data import pipeline
 from cbmlc_jax.models.baselines.logistic_regression import LogisticRegression
 
@@ -132,13 +133,14 @@ class Run:
     def finish(
         self, params: PyTree, history: list[dict], best: int, command: str
     ) -> tuple[dict, str, list[dict]]:
-        """Evaluates the chosen parameters on test.
+        """Evaluates the chosen parameters on test; writes validation.npz.
 
         Returns:
             The result row, the report's text, and the records of `details`.
         """
         start = time.perf_counter()
         validation = self.validation(params)
+        validation_lib.write(self.workdir, validation, self.task.validation.ignored)
         test = self.task.test
         scores, decoded = self.system.predict(params, test.inputs)
         scores = counted(scores, test)
@@ -400,7 +402,7 @@ def evaluate_checkpoint(workdir: str, data_dir: str | None, command: str) -> dic
 
 def out_of_fold_path(workdir: str) -> str:
     """Where cross-fitting leaves its scores [N, L]."""
-    return os.path.join(workdir, "out_of_fold.npy")
+    return os.path.join(workdir, validation_lib.OUT_OF_FOLD)
 
 
 def _saved_out_of_fold(config, workdir: str) -> OutOfFold | None:
