@@ -29,10 +29,10 @@ def define_flags() -> None:
         lock_config=True,
     )
     text("workdir", None, "The run's folder; default runs/<config>-<noise>-<seed>.")
-    modes = ("train", "eval", "predict", "data")
-    flags.DEFINE_enum("mode", "train", modes, "What to do; data: describe the data.")
+    modes = ("train", "eval", "predict", "export", "data")
+    flags.DEFINE_enum("mode", "train", modes, "data: describe the data.")
     text("input", None, "predict: rows as in training, or JSON lines.")
-    text("output", None, "predict: JSON lines, default stdout; data: a JSON file.")
+    text("output", None, "predict: JSON lines; export: a folder; data: a JSON file.")
     flags.DEFINE_enum(
         "protocol",
         "auto",
@@ -67,6 +67,11 @@ def main(argv: list[str]) -> None:
 
         rule = predict.rule_of(values)
         predict.predict_file(workdir, values.input, values.output, rule, values.top_k)
+        return
+    if values.mode == "export":
+        from cbmlc_jax import export, predict
+
+        export.export_run(workdir, values.output, predict.rule_of(values))
         return
     if values.mode == "data":
         from cbmlc_jax import audit

@@ -37,10 +37,14 @@ class Predictor:
             raise run_lib.RunError(f"{path} cannot be read: {error}") from error
         self.label_names = inputs["label_names"]
         self.feature_names = inputs["feature_names"]
-        self._kind = inputs["kind"]
-        config = config_lib.settled(config, self._kind)
-        self._config, num_features = config, inputs["num_features"]
-        meta = models.Meta(
+        self.kind = inputs["kind"]
+        config = config_lib.settled(config, self.kind)
+        self.config, num_features = config, inputs["num_features"]
+        self.widths = inputs["widths"]
+        # Runs of before did not write it.
+        self.typical_length = max(1, inputs.get("typical_length", self.widths[0]))
+        self.graph = _graph(inputs["graph"], inputs["graph_weights"])
+        self.meta = models.Meta(
             num_features=num_features,
             label_vectors=np.zeros(
                 (len(self.label_names), inputs["embedding_width"]), np.float32
@@ -52,18 +56,13 @@ class Predictor:
             feature_mean=np.zeros(num_features, np.float32),
             feature_scale=np.ones(num_features, np.float32),
         )
-        self._system = systems.create(
-            config,
-            meta,
-            inputs["widths"],
-            _graph(inputs["graph"], inputs["graph_weights"]),
-        )
-        self._params, _, _ = run_lib.chosen_params(workdir, self._system.like)
+        self.system = systems.create(config, self.meta, self.widths, self.graph)
+        self.params, _, _ = run_lib.chosen_params(workdir, self.system.like)
 
     def scores(self, inputs: Inputs) -> np.ndarray:
         """float32 [N, L] probabilities."""
-        [inputs] = task.model_inputs(self._config, inputs, keep=False)
-        return self._system.scores(self._params, inputs)
+        [inputs] = task.model_inputs(self.config, inputs, keep=False)
+        return self.system.scores(self.params, inputs)
 
     def read(self, path: str) -> Iterator[Inputs]:
         """Inputs of a file in chunks; see `reading.read`.
@@ -71,10 +70,8 @@ class Predictor:
         Raises:
             DataError: names the file and the line.
         """
-        data = self._config.data
-        return reading.read(
-            path, self._kind, self.feature_names, self.label_names, data
-        )
+        data = self.config.data
+        return reading.read(path, self.kind, self.feature_names, self.label_names, data)
 
 
 def _graph(neighbours: list | None, weights: list | None) -> np.ndarray | None:

@@ -342,6 +342,7 @@ def write_inputs(run: Run) -> None:
         "num_features": task.meta.num_features,
         "inputs": task.meta.inputs,
         "widths": task.widths,
+        "typical_length": int(np.median(task.train.inputs.lengths)),
         "graph": None
         if graph is None
         else [np.flatnonzero(row).tolist() for row in graph],

@@ -95,7 +95,28 @@ ALLOWED = PURE | {
         "validation",
     },
     "audit": {"config", "data", "embeddings", "files", "run", "task"},
-    "main": {"audit", "config", "errors", "fit", "parallel", "predict", "run"},
+    "artefact": {"data"},
+    "serving": {"artefact", "data", "decision"},
+    "export": {
+        "__version__",
+        "artefact",
+        "files",
+        "models",
+        "predict",
+        "results",
+        "rules",
+        "run",
+    },
+    "main": {
+        "audit",
+        "config",
+        "errors",
+        "export",
+        "fit",
+        "parallel",
+        "predict",
+        "run",
+    },
 }
 
 

@@ -86,7 +86,7 @@ def test_every_form_of_input_gives_the_scores_of_the_evaluation(
         str(trained),
     )
     predictor = predict.Predictor(str(trained))
-    expected = run.system.scores(predictor._params, task.test.inputs.take(np.arange(7)))
+    expected = run.system.scores(predictor.params, task.test.inputs.take(np.arange(7)))
     [row] = files.read_jsonl(str(trained / "results.jsonl"))
     threshold = row["thresholds"]["corrected_val"]["miF1"]
     for form in ("ids", "words", "arff"):

@@ -6,10 +6,12 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
-import scipy.sparse
+
+if TYPE_CHECKING:
+    import scipy.sparse
 
 # The first feature name of a data set of sequences: ids in order, repeats kept, and
 # this one for every word without a name.  Other data sets are of sets.
@@ -111,6 +113,8 @@ class Ragged:
 
     def matrix(self, num_features: int) -> scipy.sparse.csr_array:
         """float32 [N, num_features]: how often, or how much, each id counts."""
+        import scipy.sparse  # here: serving reads this module, and has numpy alone
+
         weights = self.weights
         if weights is None:
             weights = np.ones(len(self.values), np.float32)

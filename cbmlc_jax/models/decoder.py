@@ -106,4 +106,4 @@ def readout(
     nodes: Float[Array, "batch labels width"], weights: Float[Array, "labels width"]
 ) -> Float[Array, "batch labels"]:
     """logit_l = W_l . v_l (paper eq. 10); never B x L x L."""
-    return jnp.sum(nodes * ops.repeat(weights, len(nodes)), axis=-1)
+    return jnp.sum(nodes * ops.repeat(weights, nodes.shape[0]), axis=-1)

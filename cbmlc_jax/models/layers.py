@@ -86,7 +86,7 @@ class Attention(nn.Module):
         q = self._project(queries, wq)
         k, v = self._project(memory, wk), self._project(memory, wv)
         if queries.ndim == 2:
-            q = ops.repeat(q, len(memory))
+            q = ops.repeat(q, memory.shape[0])
         words = None
         if rows is not None and self.dropout:
             words = jax.random.key_data(self.make_rng("dropout"))
@@ -177,7 +177,7 @@ class MessageBlock(nn.Module):
             )(x, memory, mask, rows)
             messages = Dropout(self.dropout, name="attention_dropout")(messages, rows)
             if x.ndim == 2:
-                x = ops.repeat(x, len(messages))
+                x = ops.repeat(x, messages.shape[0])
             x = LayerNorm(name="attention_norm")(x + messages)
         update = FeedForward(self.ffn_width, self.dtype, name="ffn")(x)
         update = Dropout(self.dropout, name="ffn_dropout")(update, rows)

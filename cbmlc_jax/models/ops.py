@@ -13,7 +13,10 @@ leaves them as they are.  Everything else is computed as it comes, in float32.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -76,13 +79,27 @@ def _prod(sizes: tuple[int, ...]) -> int:
     return functools.reduce(lambda a, b: a * b, sizes, 1)
 
 
+_PORTABLE = contextvars.ContextVar("portable", default=False)
+
+
+@contextlib.contextmanager
+def portable() -> Iterator[None]:
+    """What is traced inside has no hint for this machine's compiler: jax.export refuses
+    layout constraints, whose form in StableHLO may change."""
+    token = _PORTABLE.set(True)
+    try:
+        yield
+    finally:
+        _PORTABLE.reset(token)
+
+
 def _laid_out(x: Array, dtype: DTypeLike | None) -> Array:
     """x, for a product in dtype with its last axis contiguous in memory.
 
     XLA:CPU has bfloat16 products for such operands alone, and would rather turn a
     transposition into a layout.
     """
-    if dtype is None or jax.default_backend() != "cpu":
+    if dtype is None or jax.default_backend() != "cpu" or _PORTABLE.get():
         return x
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
@@ -253,16 +270,17 @@ def attend(
         rate = 0.0
     static = (queries, keys, rate, dtype)
     mixed = []
-    for part in _parts(len(q)):
-        ours = mask if mask is None or len(mask) == 1 else mask[part]
+    for part in _parts(q.shape[0]):
+        ours = mask if mask is None or mask.shape[0] == 1 else mask[part]
         those = None if rows is None else rows[part]
         mixed.append(_attend(q[part], k[part], v[part], ours, words, those, static))
     return jnp.swapaxes(jnp.concatenate(mixed)[:, :, :queries], 1, 2)
 
 
 def _parts(rows: int) -> list[slice]:
-    """On a CPU two halves, whose many small products run beside each other."""
-    if jax.default_backend() != "cpu" or rows < 2:
+    """On a CPU two halves, whose many small products run beside each other; one part
+    where the number of rows is a symbol, which jax.export has."""
+    if jax.default_backend() != "cpu" or not isinstance(rows, int) or rows < 2:
         return [slice(None)]
     return [slice(0, rows // 2), slice(rows // 2, rows)]
 
