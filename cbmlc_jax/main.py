@@ -29,10 +29,10 @@ def define_flags() -> None:
         lock_config=True,
     )
     text("workdir", None, "The run's folder; default runs/<config>-<noise>-<seed>.")
-    modes = ("train", "eval", "predict", "export", "data")
+    modes = ("train", "eval", "predict", "calibrate", "export", "data")
     flags.DEFINE_enum("mode", "train", modes, "data: describe the data.")
     text("input", None, "predict: rows as in training, or JSON lines.")
-    text("output", None, "predict: JSON lines; export: a folder; data: a JSON file.")
+    text("output", None, "JSON lines, or a JSON file; export: a folder.")
     flags.DEFINE_enum(
         "protocol",
         "auto",
@@ -45,6 +45,8 @@ def define_flags() -> None:
     number("threshold", None, "predict: stands over --protocol.", 0.0, 1.0)
     number("precision", None, "predict: the least, promised on validation.", 0.0, 1.0)
     flags.DEFINE_bool("per_label", False, "predict: a threshold for each label.")
+    kinds = ("none", "temperature", "platt", "isotonic")
+    flags.DEFINE_enum("calibrate", "none", kinds, "predict: of the scores written.")
     flags.DEFINE_integer("min_labels", 0, "predict: at least so many of a row.", 0)
     flags.DEFINE_integer("max_labels", None, "predict: at most so many of a row.", 1)
     flags.DEFINE_integer("top_k", None, "predict: write only the best scores.", 1)
@@ -67,6 +69,11 @@ def main(argv: list[str]) -> None:
 
         rule = predict.rule_of(values)
         predict.predict_file(workdir, values.input, values.output, rule, values.top_k)
+        return
+    if values.mode == "calibrate":
+        from cbmlc_jax import predict
+
+        predict.reliability(workdir, values.protocol, values.output)
         return
     if values.mode == "export":
         from cbmlc_jax import export, predict

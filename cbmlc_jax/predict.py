@@ -10,8 +10,17 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from cbmlc_jax import (
+    calibration,
+    files,
+    models,
+    reading,
+    rules,
+    systems,
+    task,
+    validation,
+)
 from cbmlc_jax import config as config_lib
-from cbmlc_jax import files, models, reading, rules, systems, task, validation
 from cbmlc_jax import run as run_lib
 from cbmlc_jax.data.dataset import DataError, Inputs
 from cbmlc_jax.decision import Decision
@@ -29,12 +38,7 @@ class Predictor:
 
     def __init__(self, workdir: str):
         config = run_lib.trained_config(workdir)
-        path = os.path.join(workdir, "inputs.json")
-        try:
-            with open(path, encoding="utf8") as file:
-                inputs = json.load(file)
-        except (OSError, ValueError) as error:
-            raise run_lib.RunError(f"{path} cannot be read: {error}") from error
+        inputs = _inputs(workdir)
         self.label_names = inputs["label_names"]
         self.feature_names = inputs["feature_names"]
         self.kind = inputs["kind"]
@@ -74,6 +78,16 @@ class Predictor:
         return reading.read(path, self.kind, self.feature_names, self.label_names, data)
 
 
+def _inputs(workdir: str) -> dict:
+    """inputs.json of a run."""
+    path = os.path.join(workdir, "inputs.json")
+    try:
+        with open(path, encoding="utf8") as file:
+            return json.load(file)
+    except (OSError, ValueError) as error:
+        raise run_lib.RunError(f"{path} cannot be read: {error}") from error
+
+
 def _graph(neighbours: list | None, weights: list | None) -> np.ndarray | None:
     if neighbours is None:
         return None
@@ -100,6 +114,31 @@ def choose(workdir: str, rule: rules.Rule) -> Decision:
     rows = files.read_jsonl(os.path.join(workdir, "results.jsonl"))
     found = validation.read(workdir) if rule.reads_validation and rows else None
     return rules.choose(rule, rows[-1] if rows else None, found)
+
+
+def reliability(workdir: str, protocol: str, target: str | None) -> None:
+    """Prints how right the scores are on validation, with and without calibration;
+    writes the whole table, also of each label, to `target` as JSON.
+
+    Raises:
+        RuleError, RunError, ValidationError: see there.
+    """
+    rule = rules.Rule(protocol, calibrate="platt")
+    rule.check()
+    run_lib.saved_config(workdir)
+    rows = files.read_jsonl(os.path.join(workdir, "results.jsonl"))
+    if not rows:
+        raise run_lib.RunError(f"{workdir} has no finished run: let it finish")
+    found = validation.read(workdir)
+    protocol = rules.protocol_of(protocol, rows[-1])
+    rates = rules.rates_of(found, protocol)
+    names = _inputs(workdir)["label_names"]
+    table = calibration.table(found.scores, found.labels, rates, names)
+    print(calibration.report(table, rates), end="")
+    if target:
+        about = {"dataset": rows[-1]["dataset"], "model": rows[-1]["model"]}
+        content = about | {"protocol": protocol, "reliability": table}
+        files.write_atomic(target, json.dumps(content, indent=1) + "\n")
 
 
 def predict_file(

@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 from jaxtyping import Float, Int
 
-from cbmlc_jax import thresholds
+from cbmlc_jax import calibration, thresholds
 from cbmlc_jax.decision import Decision
 from cbmlc_jax.evaluate import Validation
 from cbmlc_jax.thresholds import Rates
@@ -35,6 +35,9 @@ class Rule:
         per_label: a threshold for each label, see `thresholds.choose_per_label`.
         precision: see `at_precision`.
         min_labels, max_labels: of a row, see `Decision`; both k: the k best.
+        calibrate: none, or one of `calibration.KINDS`, for the scores that are written.
+            The run's thresholds are of the model's own scores all the same;
+            `threshold` is of those that are written.
     """
 
     protocol: str = "auto"
@@ -44,11 +47,13 @@ class Rule:
     precision: float | None = None
     min_labels: int = 0
     max_labels: int | None = None
+    calibrate: str = "none"
 
     @property
     def reads_validation(self) -> bool:
         """Whether the result row is not enough."""
-        return self.per_label or self.precision is not None
+        chosen = self.per_label or self.precision is not None
+        return chosen or self.calibrate != "none"
 
     def check(self) -> None:
         """Raises RuleError where the fields contradict each other."""
@@ -67,8 +72,9 @@ class Rule:
                 f"--max_labels={self.max_labels}"
             )
         if self.reads_validation and self.protocol in ("oracle", "clean_val"):
+            names = [*stated, "calibrate"]
             raise RuleError(
-                f"--{stated[0]} is chosen on the validation labels as they are: give "
+                f"--{names[0]} is chosen on the validation labels as they are: give "
                 "--protocol=corrected_val or noisy_val"
             )
 
@@ -90,30 +96,58 @@ def choose(rule: Rule, row: dict | None, validation: Validation | None) -> Decis
     """
     rule.check()
     limits = {"min_labels": rule.min_labels, "max_labels": rule.max_labels}
-    if rule.threshold is not None:
+    calibrate = rule.calibrate != "none"
+    if rule.threshold is not None and not calibrate:
         return Decision(rule.threshold, **limits, chosen={"rule": "given"})
     if row is None:
         raise RuleError(
-            "the run is not finished, so no threshold was chosen: let it finish or "
+            "the run is not finished, so nothing could be chosen: let it finish or "
             "give --threshold"
         )
-    protocol = _protocol(rule.protocol, row)
-    chosen = {"rule": "global", "protocol": protocol, "metric": rule.metric}
+    protocol = protocol_of(rule.protocol, row)
+    threshold, chosen = _threshold(rule, protocol, row, validation)
+    found = None
+    if calibrate:
+        rates = rates_of(validation, protocol)
+        found = calibration.fit(
+            rule.calibrate, validation.scores, validation.labels, rates
+        )
+        chosen |= {"calibration": rule.calibrate, "calibrated_by": protocol}
+    return Decision(
+        threshold,
+        **limits,
+        calibration=found,
+        of_calibrated=calibrate and rule.threshold is not None,
+        chosen=chosen,
+    )
+
+
+def _threshold(rule: Rule, protocol: str, row: dict, validation: Validation | None):
+    """The threshold, and how it was chosen."""
+    if rule.threshold is not None:
+        return rule.threshold, {"rule": "given"}
     if rule.per_label:
         chosen = {"rule": "per_label", "protocol": protocol}
-        return Decision(validation.per_label(protocol), **limits, chosen=chosen)
+        return validation.per_label(protocol), chosen
     if rule.precision is not None:
-        correct = protocol == "corrected_val" and not validation.labels_are_clean
-        rates = validation.rates if correct else Rates(0.0, 0.0)
         threshold, found = at_precision(
-            validation.scores, validation.labels, rates, rule.precision
+            validation.scores,
+            validation.labels,
+            rates_of(validation, protocol),
+            rule.precision,
         )
-        chosen = {"rule": "precision", "protocol": protocol} | found
-        return Decision(threshold, **limits, chosen=chosen)
-    return Decision(row["thresholds"][protocol][rule.metric], **limits, chosen=chosen)
+        return threshold, {"rule": "precision", "protocol": protocol} | found
+    chosen = {"rule": "global", "protocol": protocol, "metric": rule.metric}
+    return row["thresholds"][protocol][rule.metric], chosen
 
 
-def _protocol(protocol: str, row: dict) -> str:
+def rates_of(validation: Validation, protocol: str) -> Rates:
+    """Noise rates of the validation labels by a protocol; 0: taken as they are."""
+    correct = protocol == "corrected_val" and not validation.labels_are_clean
+    return validation.rates if correct else Rates(0.0, 0.0)
+
+
+def protocol_of(protocol: str, row: dict) -> str:
     """A protocol that the rates of the run allow."""
     found = row["rates"]
     doubt = found.get("doubt", "")

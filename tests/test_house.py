@@ -41,7 +41,8 @@ ALLOWED = PURE | {
     "evaluate": {"metrics", "thresholds"},
     "decision": set(),
     "validation": {"evaluate", "files", "thresholds"},
-    "rules": {"decision", "evaluate", "thresholds"},
+    "calibration": {"decision", "thresholds"},
+    "rules": {"calibration", "decision", "evaluate", "thresholds"},
     "details": {"metrics", "thresholds"},
     "files": set(),
     "weights": set(),
@@ -82,6 +83,7 @@ ALLOWED = PURE | {
         "thresholds",
     },
     "predict": {
+        "calibration",
         "config",
         "data",
         "decision",
