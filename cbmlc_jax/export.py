@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 import cbmlc_jax
 from cbmlc_jax import artefact, files, models, predict, results, rules
+from cbmlc_jax.decision import Decision
 from cbmlc_jax.models import ops
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -44,8 +45,29 @@ def export_run(workdir: str, target: str | None, rule: rules.Rule = rules.RUNS) 
     rows = files.read_jsonl(os.path.join(workdir, "results.jsonl"))
     if not rows:
         raise ExportError(f"{workdir} has no finished run: let it finish")
+    card = card_of(rows[-1], decision.chosen)
+    write(target, predictor, decision, card, markdown(card))
+
+
+def write(
+    target: str,
+    predictor: predict.Predictor,
+    decision: Decision,
+    card: dict,
+    text: str,
+) -> None:
+    """Writes the folder of an artefact.
+
+    Args:
+        target: new folder.
+        predictor: the model and what it knows of its data.
+        decision: which labels are said.
+        card, text: the model card, as JSON and for eyes.
+
+    Raises:
+        ExportError: see `exported`.
+    """
     weights, program = exported(predictor)
-    card = _card(rows[-1], decision.chosen)
     names = {"labels": predictor.label_names, "features": predictor.feature_names}
     content = {
         "model.stablehlo": bytes(program.serialize()),
@@ -53,7 +75,7 @@ def export_run(workdir: str, target: str | None, rule: rules.Rule = rules.RUNS) 
         "vocabulary.json": _json(names),
         "decision.json": _json(decision.to_json()),
         "card.json": _json(card),
-        "MODEL_CARD.md": markdown(card).encode(),
+        "MODEL_CARD.md": text.encode(),
     }
     lengths = [-(-w // artefact.LANES) * artefact.LANES for w in predictor.widths]
     manifest = {
@@ -250,8 +272,13 @@ LIMITS = (
 )
 
 
-def _card(row: dict, chosen: dict) -> dict:
-    """What has to be known of the model, as JSON."""
+def card_of(row: dict, chosen: dict) -> dict:
+    """What has to be known of a model, as JSON.
+
+    Args:
+        row: result row of its run.
+        chosen: how its labels are chosen.
+    """
     kept = ("dataset", "fingerprint", "model", "preset", "config", "seed", "rows")
     kept += ("split", "noise", "rates", "metrics", "thresholds", "ranking")
     kept += ("embeddings", "selection", "epoch", "params", "command")

@@ -284,7 +284,7 @@ def latency(artefact: Artefact, sizes: Sequence[int], repeats: int = 50) -> list
     depend on the weights.
 
     Returns:
-        [{"batch", "tokens", "median_ms", "p90_ms", "rows_per_second"}].
+        [{"batch", "tokens", "median_ms", "least_ms", "p90_ms", "rows_per_second"}].
     """
     rng = np.random.default_rng(0)
     size, found = len(artefact.feature_names), []
@@ -311,6 +311,7 @@ def latency(artefact: Artefact, sizes: Sequence[int], repeats: int = 50) -> list
                 "batch": batch,
                 "tokens": artefact.typical_length,
                 "median_ms": round(float(np.median(times)), 3),
+                "least_ms": round(float(times.min()), 3),
                 "p90_ms": round(float(np.quantile(times, 0.9)), 3),
                 "rows_per_second": round(1e3 * batch / float(np.median(times)), 1),
             }
