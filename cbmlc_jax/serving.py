@@ -284,7 +284,8 @@ def latency(artefact: Artefact, sizes: Sequence[int], repeats: int = 50) -> list
     depend on the weights.
 
     Returns:
-        [{"batch", "tokens", "median_ms", "least_ms", "p90_ms", "rows_per_second"}].
+        [{"batch", "tokens", "median_ms", "least_ms", "p90_ms", "cpu_ms" (of all
+        threads, median), "rows_per_second"}].
     """
     rng = np.random.default_rng(0)
     size, found = len(artefact.feature_names), []
@@ -298,13 +299,14 @@ def latency(artefact: Artefact, sizes: Sequence[int], repeats: int = 50) -> list
             if artefact.kind == "weighted":
                 weights = rng.random(batch * length, np.float32)
                 inputs = Ragged(inputs.values, inputs.offsets, weights)
-        seconds = []
+        seconds, processor = [], []
         for _ in range(repeats + 2):  # two to compile and to warm up
-            start = time.perf_counter()
+            start, before = time.perf_counter(), time.process_time()
             scores = artefact.scores(inputs)
             for _ in artefact.decision.lines(artefact.label_names, scores):
                 pass
             seconds.append(time.perf_counter() - start)
+            processor.append(time.process_time() - before)
         times = 1e3 * np.array(seconds[2:])
         found.append(
             {
@@ -313,6 +315,7 @@ def latency(artefact: Artefact, sizes: Sequence[int], repeats: int = 50) -> list
                 "median_ms": round(float(np.median(times)), 3),
                 "least_ms": round(float(times.min()), 3),
                 "p90_ms": round(float(np.quantile(times, 0.9)), 3),
+                "cpu_ms": round(1e3 * float(np.median(processor[2:])), 3),
                 "rows_per_second": round(1e3 * batch / float(np.median(times)), 1),
             }
         )

@@ -179,6 +179,13 @@ def test_readme_commands_parse():
             listed = [sys.executable, *words[1:], "--dry_run"]
             subprocess.run(listed, cwd=running.ROOT, check=True, capture_output=True)
             continue
+        if words[:3] == ["python", "-m", "cbmlc_jax.serving"]:
+            command = [sys.executable, *words[1:], "--artefact=no-such"]
+            done = subprocess.run(
+                command, cwd=running.ROOT, capture_output=True, text=True
+            )
+            running.assert_one_sentence(done, "no-such is no artefact")
+            continue
         assert words[:3] == ["python", "-m", "cbmlc_jax.main"], command
         # A workdir without a run stops after the flags and the config were read.
         options = [w for w in words[3:] if not w.startswith(("--workdir", "--mode"))]
