@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import running
 
-from cbmlc_jax import calibration, fit, predict
+from cbmlc_jax import calibration, evaluate, fit, predict
 from cbmlc_jax.decision import Calibration, Decision, logit
 from cbmlc_jax.rules import Rule, RuleError
 from cbmlc_jax.thresholds import Rates
+from experiments import calibration as experiment
 
 RATES = Rates(0.05, 0.3)
 NONE = Rates(0.0, 0.0)
@@ -155,3 +156,24 @@ def test_calibrated_scores_at_prediction(tmp_path):
     content = json.loads(target.read_text())
     assert content["protocol"] == "corrected_val"
     assert content["reliability"]["none"]["entries"] == 40 * row["rows"]["validation"]
+
+
+def test_the_experiment_holds_estimates_against_the_clean_labels(data):
+    scores, _, clean, noisy = data
+    kept = evaluate.Validation(scores, noisy, None, noisy.mean(0), RATES)
+    lines = {line["calibration"]: line for line in experiment.compare(kept, clean)}
+    assert set(lines) == {"none", *calibration.KINDS}
+    for line in lines.values():
+        assert abs(line["corrected"] - line["true"]) < 0.006
+    assert lines["platt"]["true"] < lines["none"]["true"] / 5
+    assert lines["platt"]["noisy"] > 3 * lines["platt"]["true"]
+
+
+def test_a_reliability_plot_is_the_same_twice(data):
+    pytest.importorskip("matplotlib", reason="plots need the package extra report")
+    scores, _, clean, noisy = data
+    kept = evaluate.Validation(scores, noisy, None, noisy.mean(0), RATES)
+    lines = experiment.compare(kept, clean)[:2]
+    first, second = (experiment.figure(lines, "run", "svg") for _ in range(2))
+    assert first == second and b"<svg" in first
+    assert experiment.figure(lines, "run", "png").startswith(b"\x89PNG")

@@ -100,8 +100,8 @@ ALLOWED = PURE | {
     "artefact": {"data"},
     "serving": {"artefact", "data", "decision"},
     "export": {
-        "__version__",
         "artefact",
+        "decision",
         "files",
         "models",
         "predict",
