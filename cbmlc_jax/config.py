@@ -21,6 +21,7 @@ from cbmlc_jax.limits import (
     PUBLISHED,
     RANGES,
     TOKENS,
+    WITH_LOSS,
 )
 
 
@@ -72,6 +73,9 @@ def base() -> ml_collections.ConfigDict:
     c.noise.seed = 0  # of the flips
     c.noise.validation = "noisy"  # noisy or clean validation labels
     c.noise.known = True  # the realised rates are; False: they are estimated
+    # Estimate what was added to each row's labels; logistic_regression, lr_knn, and
+    # loss.name=forward fit with it.
+    c.noise.by_row = False
 
     c.embeddings = ml_collections.ConfigDict()
     c.embeddings.source = "auto"  # auto, dataset, file, package, gensim, random
@@ -324,6 +328,15 @@ def validate(config: ml_collections.ConfigDict) -> None:
             raise ConfigError(
                 f"config.{key}={flat[key]} is for cbmlc and lamp, not for {name}"
             )
+    if flat["noise.by_row"] and not (
+        name in ("logistic_regression", "lr_knn")
+        or (name in WITH_LOSS and flat["loss.name"] == "forward")
+    ):
+        raise ConfigError(
+            "config.noise.by_row=True is for logistic_regression, lr_knn and neural "
+            f"models with config.loss.name=forward, not for {name} with "
+            f"{flat['loss.name']}"
+        )
     if flat["train.crossfit"] == 1:
         raise ConfigError(
             "config.train.crossfit=1 leaves no row to train on: 0 or 2-100"

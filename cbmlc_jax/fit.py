@@ -61,13 +61,16 @@ def _search(run: run_lib.Run, store: checkpoints.Checkpoints) -> list[dict]:
     """
     if store.epochs:
         return store.history(store.epochs[-1])
-    inputs = run.system.inputs(run.task.train.inputs)
+    split = run.task.train
+    given = {"inputs": run.system.inputs(split.inputs), "labels": split.labels}
+    if split.added is not None:
+        given["added"] = split.added
     history, best = [], None
     for number, (settings, estimator) in enumerate(run.system.candidates, 1):
         start = time.perf_counter()
         params = None
         if run.out_of_fold is None:
-            params = estimator.fit(inputs, run.task.train.labels)
+            params = estimator.fit(**given)
         line = {
             "epoch": number,
             "settings": settings,
@@ -82,7 +85,7 @@ def _search(run: run_lib.Run, store: checkpoints.Checkpoints) -> list[dict]:
     chosen = run_lib.choose_epoch(history)
     if run.out_of_fold is not None:  # the folds have chosen: one fit is enough
         start = time.perf_counter()
-        best = run.system.candidates[chosen - 1][1].fit(inputs, run.task.train.labels)
+        best = run.system.candidates[chosen - 1][1].fit(**given)
         history[chosen - 1]["seconds"] = round(time.perf_counter() - start, 2)
     store.save(chosen, best, {"candidate": np.array(chosen)}, history)
     files.write_jsonl(os.path.join(run.workdir, "metrics.jsonl"), history)

@@ -22,6 +22,7 @@ from cbmlc_jax import (
     rates,
     results,
     rngs,
+    row_noise,
     systems,
     thresholds,
 )
@@ -72,7 +73,10 @@ class Run:
         out_of_fold: OutOfFold | None = None,
     ):
         self.workdir, self.out_of_fold = workdir, out_of_fold
-        self.task = task or _built(config)
+        task = task or _built(config)
+        if config.noise.by_row and task.train.added is None:
+            task = _with_row_noise(config, task)
+        self.task = task
         self.config = config = config_lib.settled(config, self.task.dataset.kind)
         self.system = systems.create(
             config, self.task.meta, self.task.widths, self.task.graph
@@ -212,14 +216,30 @@ def _built(config) -> task_lib.Task:
     task = task_lib.build(config)
     if config.noise.known:
         return task
-    if not task.meta.num_features:
-        raise RunError(
-            "config.noise.known=False estimates the rates from rows of numbers: freeze "
-            "all of the image network and set config.model.encoder.cache_features=True"
-        )
-    rows = task.inputs.matrix(task.meta.num_features)
+    rows = _matrix(task, task.inputs, "config.noise.known=False estimates the rates")
     found = estimated_rates(rows, task.noisy, config.data.split_seed)
     return dataclasses.replace(task, rates=found.rates)
+
+
+def _matrix(task: task_lib.Task, inputs: pipeline.Inputs, what: str):
+    if not task.meta.num_features:
+        raise RunError(
+            f"{what} from rows of numbers: freeze all of the image network and set "
+            "config.model.encoder.cache_features=True"
+        )
+    return inputs.matrix(task.meta.num_features)
+
+
+def _with_row_noise(config, task: task_lib.Task) -> task_lib.Task:
+    """The task with `added` of its training rows, from these rows alone."""
+    split = task.train
+    rows = _matrix(task, split.inputs, "config.noise.by_row=True estimates the noise")
+    scores = held_out_scores(rows, split.labels, config.data.split_seed)
+    mean = task.rates.r0
+    if not task.rates.usable:  # of scores alone this rate is reliable, whatever r1 is
+        mean = rates.estimate(scores, split.labels).r0
+    added = row_noise.added(scores, split.labels, mean)
+    return dataclasses.replace(task, train=dataclasses.replace(split, added=added))
 
 
 def estimated_rates(
@@ -227,8 +247,18 @@ def estimated_rates(
 ) -> rates.Estimate:
     """Noise rates of the training labels by `rates.estimate`, whatever the model.
 
-    The scores are those of logistic regression, each row's by one that was fitted on
-    the other four fifths.
+    Args:
+        rows: float32 [N, F] inputs.
+        noisy: uint8 [N, L] their labels.
+        seed: of the folds.
+    """
+    return rates.estimate(held_out_scores(rows, noisy, seed), noisy)
+
+
+def held_out_scores(
+    rows: scipy.sparse.csr_array | np.ndarray, noisy: np.ndarray, seed: int
+) -> np.ndarray:
+    """float32 [N, L]: logistic regression, each row by one of the other four fifths.
 
     Args:
         rows: float32 [N, F] inputs.
@@ -244,7 +274,7 @@ def estimated_rates(
         others = np.setdiff1d(order, held_out)
         params = model.fit(rows[others], noisy[others])
         scores[held_out] = model.scores(params, rows[held_out])
-    return rates.estimate(scores, noisy)
+    return scores
 
 
 def choose_epoch(history: list[dict]) -> int:

@@ -59,6 +59,7 @@ def element_losses(
     epoch: Array,
     rates: Rates,
     gather: Callable,
+    added: Array | None = None,
 ) -> Array:
     """The loss of config.loss, element by element, [B, L].
 
@@ -69,10 +70,14 @@ def element_losses(
         epoch: int32 [], from 1, for the losses that change their mind about labels.
         rates: noise rates of the training labels, for `forward`.
         gather: an array of this device -> those of all devices, for `large_loss`.
+        added: [B] rates of the rows; `forward` then takes them for r0 and 0 for r1, so
+            that p is the probability of a label that holds and was kept.
     """
     if settings.name == "bce":
         return losses.bce(logits, labels)
     if settings.name == "forward":
+        if added is not None:
+            return losses.forward(logits, labels, added[:, None], 0.0)
         return losses.forward(logits, labels, rates.r0, rates.r1)
     if settings.name == "large_loss":
         share = losses.large_loss_share(epoch, settings.rejected_per_epoch)
@@ -147,7 +152,14 @@ def make_train_step(
         def summed(logits):
             mask, epoch = batch["mask"], step // steps_per_epoch + 1
             element = element_losses(
-                settings, logits, labels, mask, epoch, rates, gather
+                settings,
+                logits,
+                labels,
+                mask,
+                epoch,
+                rates,
+                gather,
+                batch.get("added"),
             )
             if "ignored" in batch:
                 element = jnp.where(batch["ignored"], 0.0, element)

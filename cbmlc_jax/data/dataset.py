@@ -216,11 +216,14 @@ class Split:
         labels: uint8 [N, L], 0 or 1.
         ignored: bool [N, L], entries that count neither in training nor in a score
             (their label is 0); None: all count.
+        added: float32 [N], the share of its negatives that noise turned on in each row;
+            None: not known by rows.
     """
 
     inputs: Inputs
     labels: np.ndarray
     ignored: np.ndarray | None = None
+    added: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -228,7 +231,8 @@ class Split:
     def take(self, rows: np.ndarray) -> Split:
         """The given rows, in the given order."""
         ignored = None if self.ignored is None else self.ignored[rows]
-        return Split(self.inputs.take(rows), self.labels[rows], ignored)
+        added = None if self.added is None else self.added[rows]
+        return Split(self.inputs.take(rows), self.labels[rows], ignored, added)
 
 
 @dataclasses.dataclass(frozen=True)

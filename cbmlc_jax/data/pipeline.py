@@ -222,8 +222,8 @@ def plan_batches(
 class Batches:
     """The batches of a plan, by number: the inputs' arrays (`tokens` int32 [B, S] and
     perhaps `weights`, `features` or `images`), `mask` bool [B], `rows` uint32 [B] (the
-    position in the global batch) and, where given, `labels` uint8 [B, L] and `ignored`
-    bool [B, L].
+    position in the global batch) and, where given, `labels` uint8 [B, L], `ignored`
+    bool [B, L] and `added` float32 [B].
 
     Args:
         inputs: N rows.
@@ -248,10 +248,11 @@ class Batches:
             batch = self.inputs.augmented(rows, self._random)
         batch |= {"mask": mask, "rows": np.arange(len(rows), dtype=np.uint32)}
         if self._split is not None:
-            for name in ("labels", "ignored"):
+            for name in ("labels", "ignored", "added"):
                 values = getattr(self._split, name)
                 if values is not None:
-                    batch[name] = values[rows] * mask[:, None]
+                    valid = mask if values.ndim == 1 else mask[:, None]
+                    batch[name] = values[rows] * valid
         return batch
 
 

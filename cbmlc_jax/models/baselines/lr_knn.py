@@ -21,6 +21,7 @@ class LRkNN:
 
     j runs over the k training rows of the largest cosine s_j with the query, on the
     same tf-idf (or standardised) rows as the regression; a negative s_j counts 0.
+    With rates of added labels see `cosine_vote`.
 
     Attributes:
         cost: C of the regression.
@@ -32,11 +33,17 @@ class LRkNN:
     neighbours: int = 15
     vote: float = 0.3
 
-    def fit(self, inputs: Inputs, labels: UInt8[np.ndarray, "rows labels"]) -> Params:
-        """The regression's parameters, the rows and their labels."""
-        params = linear.LogisticRegression(self.cost).fit(inputs, labels)
+    def fit(
+        self,
+        inputs: Inputs,
+        labels: UInt8[np.ndarray, "rows labels"],
+        added: Float[np.ndarray, " rows"] | None = None,
+    ) -> Params:
+        """The regression's parameters, the rows, their labels and rates."""
+        params = linear.LogisticRegression(self.cost).fit(inputs, labels, added)
         rows = linear.rescale(params["scale"], inputs).astype(np.float32)
-        return {"linear": params, "rows": pack(rows), "labels": labels}
+        stored = {"linear": params, "rows": pack(rows), "labels": labels}
+        return stored if added is None else stored | {"added": added}
 
     def scores(
         self, params: Params, inputs: Inputs
@@ -49,6 +56,7 @@ class LRkNN:
             np.asarray(params["labels"]),
             queries,
             self.neighbours,
+            params.get("added"),
         )
         return (1 - self.vote) * ours + self.vote * theirs
 
@@ -58,28 +66,46 @@ def cosine_vote(
     labels: UInt8[np.ndarray, "rows labels"],
     queries: Inputs,
     neighbours: int,
+    added: Float[np.ndarray, " rows"] | None = None,
 ) -> Float[np.ndarray, "queries labels"]:
     """Mean label of the nearest rows, weighted by the squared cosine; 0 without any.
+
+    With rates a_j of labels that were added to row j, its label counts as
+    (y_j - a_j) / (1 - a_j), unbiased for a label that holds and was kept, and its
+    weight is divided by the variance of that, (a_j (1 - a_j) + m) / (1 - a_j)^2 with
+    m the mean of (y - a) over all entries; the mean is cut to [0, 1].
 
     Args:
         rows: [N, F] training rows.
         labels: [N, L].
         queries: [Q, F].
         neighbours: k.
+        added: [N], or None: nothing was.
     """
     k = min(neighbours, rows.shape[0])
+    trust = np.ones(rows.shape[0], np.float32)
+    if added is not None:
+        a = np.asarray(added, np.float32)
+        m = max(float(labels.mean() - a.mean()), 1e-6)
+        trust = (1 - a) ** 2 / (a * (1 - a) + m)
+        trust /= trust.max()
     index = NearestNeighbors(n_neighbors=k, metric="cosine", algorithm="brute")
     index.fit(rows)
     given = scipy.sparse.csr_array(labels.astype(np.float32))
+    if added is not None:
+        given = scipy.sparse.diags_array(1 / (1 - a)) @ given
     votes = np.zeros((queries.shape[0], labels.shape[1]), np.float32)
     for start in range(0, queries.shape[0], _CHUNK):
         distance, nearest = index.kneighbors(queries[start : start + _CHUNK])
-        weight = np.clip(1 - distance, 0, 1).astype(np.float32) ** 2
+        weight = np.clip(1 - distance, 0, 1).astype(np.float32) ** 2 * trust[nearest]
         ends = np.arange(0, weight.size + 1, k)
         chosen = scipy.sparse.csr_array(
             (weight.ravel(), nearest.ravel(), ends),
             shape=(len(weight), rows.shape[0]),
         )
+        vote = (chosen @ given).toarray()
+        if added is not None:
+            vote = vote - (chosen @ (a / (1 - a)))[:, None]
         total = np.maximum(weight.sum(1, keepdims=True), 1e-12)
-        votes[start : start + _CHUNK] = (chosen @ given).toarray() / total
+        votes[start : start + _CHUNK] = np.clip(vote / total, 0, 1)
     return votes
