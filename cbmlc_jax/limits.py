@@ -54,6 +54,7 @@ CHOICES = {
         "lr_knn",
         "mlknn",
         "sleec",
+        "mixture",
     ),
     "model.encoder.name": ("auto", *TOKENS, "dense", *NETWORKS),
     "model.label_graph": ("complete", "self", "cooccurrence", "file", "correlation"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import time
@@ -73,10 +74,7 @@ class Run:
         out_of_fold: OutOfFold | None = None,
     ):
         self.workdir, self.out_of_fold = workdir, out_of_fold
-        task = task or _built(config)
-        if config.noise.by_row and task.train.added is None:
-            task = _with_row_noise(config, task)
-        self.task = task
+        self.task = task or _built(config)
         self.config = config = config_lib.settled(config, self.task.dataset.kind)
         self.system = systems.create(
             config, self.task.meta, self.task.widths, self.task.graph
@@ -88,6 +86,27 @@ class Run:
         curve = self.out_of_fold.curve if self.out_of_fold else []
         scored = [(score, -i) for i, score in enumerate(curve, 1) if score is not None]
         return -max(scored)[1] if scored else self.config.train.num_epochs
+
+    @functools.cached_property
+    def training(self) -> pipeline.Split:
+        """The training rows; with config.noise.by_row, what was added to each.
+
+        That is estimated from these rows alone.
+
+        Raises:
+            RunError: the rows are images.
+        """
+        task, split, seed = self.task, self.task.train, self.config.data.split_seed
+        if not self.config.noise.by_row:
+            return split
+        what = "config.noise.by_row=True estimates the noise"
+        rows = _matrix(task, split.inputs, what)
+        scores = held_out_scores(rows, split.labels, seed)
+        mean = task.rates.r0
+        if not task.rates.usable:  # the rule doubts r1, seldom this
+            mean = rates.estimate(scores, split.labels).r0
+        added = row_noise.added(scores, split.labels, mean)
+        return dataclasses.replace(split, added=added)
 
     def out_of_patience(self, history: list[dict]) -> bool:
         """Whether the last evaluations brought nothing better; never after folds."""
@@ -228,18 +247,6 @@ def _matrix(task: task_lib.Task, inputs: pipeline.Inputs, what: str):
             "config.model.encoder.cache_features=True"
         )
     return inputs.matrix(task.meta.num_features)
-
-
-def _with_row_noise(config, task: task_lib.Task) -> task_lib.Task:
-    """The task with `added` of its training rows, from these rows alone."""
-    split = task.train
-    rows = _matrix(task, split.inputs, "config.noise.by_row=True estimates the noise")
-    scores = held_out_scores(rows, split.labels, config.data.split_seed)
-    mean = task.rates.r0
-    if not task.rates.usable:  # of scores alone this rate is reliable, whatever r1 is
-        mean = rates.estimate(scores, split.labels).r0
-    added = row_noise.added(scores, split.labels, mean)
-    return dataclasses.replace(task, train=dataclasses.replace(split, added=added))
 
 
 def estimated_rates(

@@ -2,8 +2,8 @@
 
 The variables of a model are all that it learnt, a tree of arrays.
 
-`Neural` is trained by gradient (train.py), `Fitted` in one call (fit.py); evaluation,
-checkpoints and prediction do not know which of the two they hold.
+`Neural` is trained by gradient (train.py), `Fitted` in one call (fit.py), `Mixture` is
+made of others; evaluation, checkpoints and prediction do not know which they hold.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, PyTree
 
-from cbmlc_jax import backbones, models, rngs
+from cbmlc_jax import backbones, mixture, models, rngs
+from cbmlc_jax import config as config_lib
 from cbmlc_jax.data import pipeline
 from cbmlc_jax.models import baselines
 from cbmlc_jax.parallel import Devices
@@ -77,9 +78,7 @@ class Neural:
 
     def predict(
         self, variables: PyTree, inputs: pipeline.Inputs
-    ) -> tuple[
-        Float[np.ndarray, "rows labels"], Bool[np.ndarray, "rows labels"] | None
-    ]:
+    ) -> tuple[Scores, Decoded]:
         """Scores, and the labels that the model itself decodes, if it does."""
         variables = self._devices.replicate(variables)
         plan = pipeline.plan_batches(inputs.lengths, self._batch_size, self._widths)
@@ -153,16 +152,58 @@ class Fitted:
 
     def predict(
         self, params: PyTree, inputs: pipeline.Inputs
-    ) -> tuple[
-        Float[np.ndarray, "rows labels"], Bool[np.ndarray, "rows labels"] | None
-    ]:
+    ) -> tuple[Scores, Decoded]:
         """Scores, and the labels that the model itself decodes, if it does."""
         scores = self.scores(params, inputs)
         return scores, scores > 0.5 if self._decodes else None
 
 
-def create(config, meta: models.Meta, widths: list[int], graph) -> Neural | Fitted:
+class Mixture:
+    """A weighted mean of the scores of other systems.
+
+    Its variables are {"weights": {name: []}, "members": {name: variables}}.
+
+    Args:
+        config: validated.
+        meta, widths, graph: of each member, see `Neural`.
+
+    Attributes:
+        members: name -> system.
+        like: None, those of the members are in the file.
+    """
+
+    like = None
+
+    def __init__(self, config, meta: models.Meta, widths: list[int], graph):
+        self.members = {
+            name: create(config_lib.member(config, name), meta, widths, graph)
+            for name in config_lib.members(config)
+        }
+
+    def scores(self, variables: PyTree, inputs: pipeline.Inputs) -> Scores:
+        """float32 [N, L], in the order of `inputs`."""
+        weights = {name: float(w) for name, w in variables["weights"].items()}
+        count = {name: w for name, w in weights.items() if w}
+        scores = [
+            self.members[name].scores(variables["members"][name], inputs)
+            for name in count
+        ]
+        return mixture.mixed(scores, list(count.values()))
+
+    def predict(
+        self, variables: PyTree, inputs: pipeline.Inputs
+    ) -> tuple[Scores, Decoded]:
+        """Scores; a mixture decodes nothing itself."""
+        return self.scores(variables, inputs), None
+
+
+System = Neural | Fitted | Mixture
+
+
+def create(config, meta: models.Meta, widths: list[int], graph) -> System:
     """The system that config.model names."""
+    if config.model.name == "mixture":
+        return Mixture(config, meta, widths, graph)
     if config.model.name in models.MODELS:
         return Neural(config, meta, widths, graph)
     return Fitted(config, meta)

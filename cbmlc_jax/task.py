@@ -203,7 +203,7 @@ def vocabulary(config, dataset: pipeline.Dataset) -> embeddings.Vocabulary:
 
 def _label_vectors(config, dataset) -> tuple[np.ndarray, dict | None]:
     """Word vectors [L, P] and what was found; [L, 1] zeros for models without."""
-    if config.model.name not in READS_LABEL_VECTORS:
+    if not set(config_lib.members(config)) & set(READS_LABEL_VECTORS):
         return np.zeros((len(dataset.label_names), 1), np.float32), None
     known = vocabulary(config, dataset)
     vectors, coverage = embeddings.label_vectors(dataset.label_texts, known)

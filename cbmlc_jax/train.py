@@ -309,7 +309,7 @@ def fit(run: run_lib.Run, store: checkpoints.Checkpoints) -> list[dict]:
     constants = {"graph": task.graph, "word_vectors": task.meta.label_vectors}
     done, epochs = len(history), run.last_epoch
     source = pipeline.Epochs(
-        task.train,
+        run.training,
         config.train.batch_size,
         task.widths,
         config.seed,
