@@ -290,7 +290,8 @@ def fit(run: run_lib.Run, store: checkpoints.Checkpoints) -> list[dict]:
 
     state, history = _start(run, store)
     config, task, devices = run.config, run.task, run.system.train_devices
-    if config.loss.name == "forward" and not task.rates.usable:
+    by_rate = config.loss.name == "forward" and not config.noise.by_row
+    if by_rate and not task.rates.usable:
         raise run_lib.RunError(
             f"{task.rates.reason}: choose another config.loss.name than forward"
         )
