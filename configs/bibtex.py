@@ -38,7 +38,9 @@ def get_config(preset: str = ""):
             c.model.linear_path = True
             c.model.token_dropout = 0.3
             c.optim.averaging = 0.99
-            c.train.num_epochs = 16
+            c.noise.by_row = True
+            c.loss.name = "forward"
+            c.train.num_epochs = 12
     elif preset:
         raise config_lib.ConfigError(f"configs/bibtex.py has no preset {preset!r}")
     return c
