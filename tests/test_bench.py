@@ -13,7 +13,7 @@ from running import ROOT, environment, tiny_config
 from cbmlc_jax import config as config_lib
 from cbmlc_jax import systems, task
 from cbmlc_jax.data import pipeline
-from cbmlc_jax.models import ops
+from cbmlc_jax.models import attention
 from experiments import bench, measure, peers
 
 
@@ -39,7 +39,7 @@ def products(jaxpr) -> float:
 
 @pytest.mark.parametrize("attention", [True, False])
 def test_counted_products_are_those_of_the_program(attention, monkeypatch):
-    monkeypatch.setattr(ops, "_LANES", 1)  # labels are padded otherwise
+    monkeypatch.setattr(attention, "LANES", 1)  # labels are padded otherwise
     config = tiny_config(
         **{
             "model.width": 24,

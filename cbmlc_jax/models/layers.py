@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, UInt32
 
 from cbmlc_jax.models import ops
+from cbmlc_jax.models.attention import attend
 
 
 class Dropout(nn.Module):
@@ -90,7 +91,7 @@ class Attention(nn.Module):
         words = None
         if rows is not None and self.dropout:
             words = jax.random.key_data(self.make_rng("dropout"))
-        mixed = ops.attend(
+        mixed = attend(
             q,
             k,
             v,
