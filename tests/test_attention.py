@@ -60,7 +60,7 @@ def test_attention(float64, batch, masked, rate):
     )
 
 
-# Two blocks of 16 queries; two of 48, for the 80 that 65 are padded to; two rows at once.
+# Two blocks of 16 queries; two of 48 for 65, padded to 80; two rows at once.
 @pytest.mark.parametrize(
     ("queries", "block_bytes", "plan", "masked", "rate"),
     [

@@ -37,8 +37,8 @@ def products(jaxpr) -> float:
     return total
 
 
-@pytest.mark.parametrize("attention", [True, False])
-def test_counted_products_are_those_of_the_program(attention, monkeypatch):
+@pytest.mark.parametrize("self_attention", [True, False])
+def test_counted_products_are_those_of_the_program(self_attention, monkeypatch):
     monkeypatch.setattr(attention, "LANES", 1)  # labels are padded otherwise
     config = tiny_config(
         **{
@@ -46,7 +46,7 @@ def test_counted_products_are_those_of_the_program(attention, monkeypatch):
             "model.ffn_width": 20,
             "model.num_blocks": 3,
             "model.encoder.layers": 2,
-            "model.encoder.self_attention": attention,
+            "model.encoder.self_attention": self_attention,
         }
     )
     data = task.build(config)
