@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 
 import numpy as np
+import scipy.sparse
 
 from cbmlc_jax import (
     calibration,
@@ -88,14 +89,18 @@ def _inputs(workdir: str) -> dict:
         raise run_lib.RunError(f"{path} cannot be read: {error}") from error
 
 
-def _graph(neighbours: list | None, weights: list | None) -> np.ndarray | None:
+def _graph(
+    neighbours: list | None, weights: list | None
+) -> scipy.sparse.csr_array | None:
     if neighbours is None:
         return None
-    size = len(neighbours)
-    graph = np.zeros((size, size), bool if weights is None else np.float32)
-    for i, row in enumerate(neighbours):
-        graph[i, row] = True if weights is None else weights[i]
-    return graph
+    ends = np.cumsum([0, *map(len, neighbours)])
+    indices = np.array([j for row in neighbours for j in row], np.int32)
+    values = np.ones(len(indices), bool)
+    if weights is not None:
+        values = np.array([w for row in weights for w in row], np.float32)
+    shape = (len(neighbours), len(neighbours))
+    return scipy.sparse.csr_array((values, indices, ends), shape)
 
 
 def rule_of(values) -> rules.Rule:

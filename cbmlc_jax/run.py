@@ -382,8 +382,8 @@ def write_inputs(run: Run) -> None:
         "typical_length": int(np.median(task.train.inputs.lengths)),
         "graph": None
         if graph is None
-        else [np.flatnonzero(row).tolist() for row in graph],
-        "graph_weights": [row[row != 0].tolist() for row in graph]
+        else [x.tolist() for x in np.split(graph.indices, graph.indptr[1:-1])],
+        "graph_weights": [x.tolist() for x in np.split(graph.data, graph.indptr[1:-1])]
         if weighted
         else None,
     }

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, PyTree
 from cbmlc_jax import backbones, mixture, models, rngs
 from cbmlc_jax import config as config_lib
 from cbmlc_jax.data import pipeline
-from cbmlc_jax.models import baselines
+from cbmlc_jax.models import baselines, neighbours
 from cbmlc_jax.parallel import Devices
 
 Scores = Float[np.ndarray, "rows labels"]
@@ -33,6 +33,9 @@ class Neural:
         widths: bucket widths.
         graph: [L, L] label graph or None.
 
+    Attributes:
+        graph: as the model is given it.
+
     Raises:
         DeviceError: the devices do not divide the batch.
     """
@@ -43,7 +46,8 @@ class Neural:
         self._devices = Devices.local(config.eval.batch_size, limit, precision)
         self._batch_size, self._widths = config.eval.batch_size, widths
         self._workers = config.data.workers
-        self._graph, self._seed, self._meta = graph, config.seed, meta
+        self._seed, self._meta = config.seed, meta
+        self.graph = neighbours.as_argument(graph)
         self._encoder = config.model.encoder
         self.model = models.create_model(config, meta)
 
@@ -86,7 +90,7 @@ class Neural:
         source = pipeline.Batches(inputs, plan, None)
         batches = pipeline.stream(source, workers=self._workers)
         for rows, batch in zip(plan.rows, batches, strict=True):
-            out = self._step(variables, self._devices.shard(batch), self._graph)
+            out = self._step(variables, self._devices.shard(batch), self.graph)
             for i, array in enumerate(out):
                 if array is None:
                     continue

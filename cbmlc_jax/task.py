@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import scipy.sparse
 
 from cbmlc_jax import backbones, embeddings, noise, rngs
 from cbmlc_jax import config as config_lib
@@ -40,7 +41,7 @@ class Task:
         meta: what the model has to know of the data.
         embeddings: source, width and coverage for the result row; None for models
             without word vectors.
-        graph: [L, L] label graph or None.
+        graph: [L, L] label graph, bool or weights; or None.
         widths: bucket widths of the batches.
     """
 
@@ -56,7 +57,7 @@ class Task:
     prior: np.ndarray
     meta: Meta
     embeddings: dict[str, object] | None
-    graph: np.ndarray | None
+    graph: scipy.sparse.csr_array | None
     widths: list[int]
 
 
@@ -269,10 +270,14 @@ def _input_meta(inputs: pipeline.Inputs, feature_names: tuple[str, ...]) -> dict
     return meta
 
 
-def _graph(config, labels: np.ndarray, names: tuple[str, ...]) -> np.ndarray | None:
+def _graph(
+    config, labels: np.ndarray, names: tuple[str, ...]
+) -> scipy.sparse.csr_array | None:
     """The label graph, learnt from the noisy training labels alone."""
     kind, file = config.model.label_graph, config.model.label_graph_file
     if kind == "correlation":
         settings = config.ml_gcn
-        return correlation_adjacency(labels, settings.threshold, settings.weight)
+        return scipy.sparse.csr_array(
+            correlation_adjacency(labels, settings.threshold, settings.weight)
+        )
     return pipeline.label_graph(kind, labels, names, file)

@@ -307,7 +307,7 @@ def fit(run: run_lib.Run, store: checkpoints.Checkpoints) -> list[dict]:
         ),
         donate=True,
     )
-    constants = {"graph": task.graph, "word_vectors": task.meta.label_vectors}
+    constants = {"graph": run.system.graph, "word_vectors": task.meta.label_vectors}
     done, epochs = len(history), run.last_epoch
     source = pipeline.Epochs(
         run.training,

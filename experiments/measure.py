@@ -146,7 +146,7 @@ class Ours:
         state = train.TrainState(step, params, stats, tx.init(params))
         self._state = self._devices.replicate(jax.tree.map(jnp.copy, state))
         self._constants = {
-            "graph": data.graph,
+            "graph": self.system.graph,
             "word_vectors": data.meta.label_vectors,
         }
         self._compiled: dict = {}

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, UInt32
 
+from cbmlc_jax.models import neighbours
+from cbmlc_jax.models.neighbours import Neighbours
 from cbmlc_jax.models.ops import (
     LANES,
     keep_mask,
@@ -39,7 +41,7 @@ def attend(
     q: Float[Array, "batch queries heads head"],
     k: Float[Array, "batch keys heads head"],
     v: Float[Array, "batch keys heads head"],
-    mask: Bool[Array, "..."] | None = None,
+    mask: Bool[Array, "..."] | Neighbours | None = None,
     *,
     words: UInt32[Array, " 2"] | None = None,
     rows: UInt32[Array, " batch"] | None = None,
@@ -51,7 +53,8 @@ def attend(
     Args:
         q: [B, N, H, K].
         k, v: [B, S, H, K].
-        mask: broadcastable to [B, 1, N, S]; True where attention is allowed.
+        mask: broadcastable to [B, 1, N, S]; True where attention is allowed.  Or the
+            neighbours of labels that attend to each other.
         words, rows: of `keep_mask`, for the dropout of the weights; None for none.
         rate: of the dropout.
         dtype: see `ops`.
@@ -59,13 +62,16 @@ def attend(
     Returns:
         [B, N, H, K].
     """
+    if rows is None or not rate:
+        words = rows = None
+        rate = 0.0
+    if isinstance(mask, Neighbours):
+        dropout = {"words": words, "rows": rows, "rate": rate}
+        return neighbours.attend(q, k, v, mask, **dropout, dtype=dtype)
     queries, keys = q.shape[1], k.shape[1]
     if mask is not None:
         mask = jnp.broadcast_to(mask, (*mask.shape[:-1], keys))
     q, k, v = (_heads_first(x) for x in (q, k, v))
-    if rows is None or not rate:
-        words = rows = None
-        rate = 0.0
     static = (queries, keys, rate, dtype)
     parts = _parts(len(q))
     plan = _plan(len(q), len(q[parts[0]]), (*q.shape[1:3], k.shape[2]))

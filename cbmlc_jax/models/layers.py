@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, UInt32
 
 from cbmlc_jax.models import ops
 from cbmlc_jax.models.attention import attend
+from cbmlc_jax.models.neighbours import Neighbours
 
 
 class Dropout(nn.Module):
@@ -62,7 +63,7 @@ class Attention(nn.Module):
         self,
         queries: Float[Array, "*batch queries width"],
         memory: Float[Array, "batch keys width"],
-        mask: Bool[Array, "..."] | None,
+        mask: Bool[Array, "..."] | Neighbours | None,
         rows: UInt32[Array, " batch"] | None,
     ) -> Float[Array, "batch queries width"]:
         """Attends.
@@ -71,7 +72,7 @@ class Attention(nn.Module):
             queries: [B, N, d], or [N, d] where they are the same for every row: they
                 are then projected once.
             memory: [B, S, d].
-            mask: broadcastable to [B, H, N, S]; True where attention is allowed.
+            mask: as `attend`.
             rows: see the module's docstring.
         """
         width = memory.shape[-1]
@@ -168,7 +169,7 @@ class MessageBlock(nn.Module):
         self,
         x: Float[Array, "*batch nodes width"],
         memory: Float[Array, "batch keys width"],
-        mask: Bool[Array, "..."] | None,
+        mask: Bool[Array, "..."] | Neighbours | None,
         rows: UInt32[Array, " batch"] | None,
     ) -> Float[Array, "batch nodes width"]:
         """x: [B, N, d] or [N, d]; the others as `Attention`."""

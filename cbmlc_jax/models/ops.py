@@ -77,12 +77,13 @@ def keep_mask(
 def kept(
     words: UInt32[Array, " 2"],
     rows: UInt32[Array, " batch"],
-    counter: UInt32[Array, "1 ..."],
+    counter: UInt32[Array, "..."],
     rate: float,
-) -> Bool[Array, "batch ..."]:
-    """As `keep_mask`, of given counters, the same for every row."""
+    axis: int = 0,
+) -> Bool[Array, "..."]:
+    """As `keep_mask`, of given counters that are 1 long where the batch belongs."""
     row_word = _hash(rows.astype(jnp.uint32), words[0], words[1])
-    row_word = row_word.reshape((-1,) + (1,) * (counter.ndim - 1))
+    row_word = jnp.expand_dims(row_word, [i for i in range(counter.ndim) if i != axis])
     bits = _hash(counter * jnp.uint32(_GOLDEN), row_word ^ words[1], words[0])
     return bits >= jnp.uint32(min(int(rate * 2**32), 2**32 - 1))
 
