@@ -152,6 +152,11 @@ class Ours:
         self._compiled: dict = {}
         self.compile_seconds, self.temporary_mb = 0.0, 0.0
 
+    @property
+    def params(self):
+        """After the steps so far."""
+        return self._devices.first(self._state).params
+
     def width(self, number: int) -> int:
         """Padded length of a batch: one shape to compile."""
         return self.batches[number]["tokens"].shape[1]
