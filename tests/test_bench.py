@@ -99,7 +99,7 @@ def test_a_line_of_a_made_up_case():
     (line,) = [json.loads(x) for x in done.stdout.splitlines()]
     assert line["case"] == "labels-7" and line["steps"] == 3
     config = tiny_config(**flags)
-    data = bench.grown(config, "labels", 7)
+    data = bench.grown(config, 7, 64, False)
     assert data.train.labels.shape == (16, 7)
     wanted = measure.matmul_flops(config, np.full(4, 64), data.meta)
     assert line["flops"] == float(f"{wanted:.4g}")
@@ -162,3 +162,13 @@ def test_peak_of_products(monkeypatch):
     monkeypatch.setattr(measure.time, "perf_counter", lambda: next(ticks))
     # Half a second for each product, on this clock.
     assert measure.gemm_peak(np.float32, 2.0) == 2e-9 * 64 * 32 * 16 / 0.5
+
+
+def test_cases_of_growth():
+    assert bench._growth("labels-983") == (983, 64, False)
+    assert bench._growth("edges-983-tokens-32") == (983, 32, True)
+    assert bench._growth("tokens-512") == (159, 512, False)
+    assert bench._growth("bibtex") is bench._growth("labels-x") is None
+    graph = bench.grown(tiny_config(), 300, 5, True).graph
+    assert (graph != graph.T).nnz == 0 and graph.diagonal().all()
+    assert 19 < graph.nnz / 300 - 1 <= 20

@@ -26,7 +26,7 @@ from cbmlc_jax.models import ops
 
 # An edge costs as much as so many pairs of labels of dense attention; measured, see
 # experiments/README.md.
-EDGE_COST = 24
+EDGE_COST = 36
 _BLOCK = 2**21  # values gathered for a block
 _STEP = 4  # lengths of the lists grow by this
 
