@@ -8,6 +8,8 @@ made of others; evaluation, checkpoints and prediction do not know which they ho
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -132,6 +134,20 @@ def num_parts(name: str, rows: int, labels: int) -> int:
 def cut(batch: PyTree, parts: int) -> PyTree:
     """Arrays [B, ...] -> [parts, B / parts, ...]."""
     return jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+
+
+def summed(function: Callable, batch: PyTree, parts: int) -> PyTree:
+    """The sum of function(part) over the parts of a batch, one after the other."""
+    if parts == 1:
+        return function(batch)
+
+    def add(sums, part):
+        return jax.tree.map(jnp.add, sums, function(part)), None
+
+    cuts = cut(batch, parts)
+    like = jax.eval_shape(function, jax.tree.map(lambda x: x[0], cuts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    return jax.lax.scan(add, zeros, cuts)[0]
 
 
 def model_inputs(batch: dict) -> dict:

@@ -175,31 +175,16 @@ def make_train_step(
         penalty = losses.context_penalty(embeddings, word_vectors, settings.cb_norm)
         return settings.cb_weight * penalty
 
-    def summed_over_parts(gradient, state: TrainState, batch, constants):
-        """Loss and gradient are sums over rows: a part of them after the other."""
-        rows, labels = batch["labels"].shape
-        parts = systems.num_parts(config.model.name, rows, labels)
-
-        def of(part):
-            graph = constants["graph"]
-            return gradient(state.params, state.stats, part, graph, state.step)
-
-        # What looks at all rows of a batch has to see them together.
-        if parts == 1 or state.stats or settings.name == "large_loss":
-            return of(batch)
-
-        def add(sums, part):
-            return jax.tree.map(jnp.add, sums, of(part)), None
-
-        cuts = systems.cut(batch, parts)
-        like = jax.eval_shape(of, jax.tree.map(lambda x: x[0], cuts))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-        return jax.lax.scan(add, zeros, cuts)[0]
-
     def step(state: TrainState, batch, constants):
-        (loss, stats), grads = summed_over_parts(
-            jax.value_and_grad(data_loss, has_aux=True), state, batch, constants
-        )
+        def gradient(batch):
+            return jax.value_and_grad(data_loss, has_aux=True)(
+                state.params, state.stats, batch, constants["graph"], state.step
+            )
+
+        parts = systems.num_parts(config.model.name, *batch["labels"].shape)
+        if state.stats or settings.name == "large_loss":
+            parts = 1  # they look at all rows of a batch together
+        (loss, stats), grads = systems.summed(gradient, batch, parts)
         examples = jnp.sum(batch["mask"])
         loss, grads, examples = total((loss, grads, examples), axis)
         if settings.reduction == "mean":
