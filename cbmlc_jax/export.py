@@ -111,11 +111,11 @@ def exported(predictor: predict.Predictor) -> tuple[Weights, export.Exported]:
             "models of images are not exported: label images with --mode=predict"
         )
     if name in models.MODELS and name != "seq2seq":
-        weights = _flat(predictor.params)
+        weights, system = _flat(predictor.params), predictor.system
 
         def score(weights, batch):
             variables = _nested(weights)
-            outputs = predictor.system.model.apply(variables, batch, predictor.graph)
+            outputs = system.model.apply(variables, batch, system.graph)
             return jax.nn.sigmoid(outputs.logits)
     elif name in ESTIMATORS:
         weights, score = ESTIMATORS[name](predictor)

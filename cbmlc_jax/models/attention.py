@@ -73,11 +73,11 @@ def attend(
         mask = jnp.broadcast_to(mask, (*mask.shape[:-1], keys))
     q, k, v = (_heads_first(x) for x in (q, k, v))
     static = (queries, keys, rate, dtype)
-    parts = _parts(len(q))
-    plan = _plan(len(q), len(q[parts[0]]), (*q.shape[1:3], k.shape[2]))
+    parts = _parts(q.shape[0])
+    plan = _plan(q.shape[0], q[parts[0]].shape[0], (*q.shape[1:3], k.shape[2]))
     mixed = []
     for part in parts:
-        ours = mask if mask is None or len(mask) == 1 else mask[part]
+        ours = mask if mask is None or mask.shape[0] == 1 else mask[part]
         those = None if rows is None else rows[part]
         arrays = (q[part], k[part], v[part], ours, words, those)
         if plan is None:
@@ -88,14 +88,15 @@ def attend(
 
 
 def _parts(rows: int) -> list[slice]:
-    """On a CPU two halves, whose many small products run beside each other."""
-    if jax.default_backend() != "cpu" or rows < 2:
+    """On a CPU two halves, whose many small products run beside each other; one part
+    where the number of rows is a symbol, which jax.export has."""
+    if jax.default_backend() != "cpu" or not isinstance(rows, int) or rows < 2:
         return [slice(None)]
     return [slice(0, rows // 2), slice(rows // 2, rows)]
 
 
 def _plan(rows: int, part: int, sizes: tuple[int, int, int]) -> tuple[int, int] | None:
-    """Rows and queries of a block; None for all at once.
+    """Rows and queries of a block; None for all at once, as where a size is a symbol.
 
     Args:
         rows: of the batch.
@@ -103,6 +104,8 @@ def _plan(rows: int, part: int, sizes: tuple[int, int, int]) -> tuple[int, int] 
         sizes: H, N, S.
     """
     heads, queries, keys = sizes
+    if not all(isinstance(size, int) for size in (rows, *sizes)):
+        return None
     one_query = 4 * heads * keys
     if rows * queries * one_query <= DENSE_BYTES:
         return None
