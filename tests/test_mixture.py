@@ -57,10 +57,12 @@ def test_members_keep_what_is_theirs():
 
 
 def test_a_mixture_goes_from_config_to_prediction(tmp_path, capsys):
-    config, workdir = running.tiny_config(**MIXTURE), str(tmp_path / "run")
+    names = "logistic_regression,mlknn"
+    config = running.tiny_config(**{**MIXTURE, "mixture.members": names})
+    workdir = str(tmp_path / "run")
     row = fit.train_and_evaluate(config, workdir, "test")
     weights = row["selection"]["settings"]
-    assert set(weights) == {"logistic_regression", "cbmlc"}
+    assert ",".join(weights) == names
     assert sum(weights.values()) == pytest.approx(1)
     for name in weights:
         alone = np.load(f"{workdir}/members/{name}/out_of_fold.npy")
@@ -92,3 +94,12 @@ def test_a_mixture_without_folds_resumes(tmp_path, monkeypatch):
     row = fit.train_and_evaluate(config, broken, "")
     for key in ("metrics", "thresholds", "selection"):
         assert row[key] == whole[key]
+    run = run_lib.Run(config, broken)
+    params, _, _ = run_lib.chosen_params(broken, None)
+    params["weights"] = {"logistic_regression": 0.0, "cbmlc": 1.0}
+    some = run.task.test.inputs.take(np.arange(9))
+    alone = run.system.members["cbmlc"]
+    np.testing.assert_array_equal(
+        run.system.scores(params, some),
+        alone.scores(params["members"]["cbmlc"], some),
+    )
