@@ -29,7 +29,7 @@ from sklearn.utils.validation import (
 )
 
 from cbmlc_jax import config as config_lib
-from cbmlc_jax import fit, predict, run_files, targets, thresholds
+from cbmlc_jax import fit, predict, rules, run_files, targets, thresholds
 from cbmlc_jax import run as run_lib
 from cbmlc_jax.data import memory
 from cbmlc_jax.data.dataset import Dataset
@@ -324,7 +324,8 @@ class Classifier(ClassifierMixin, BaseEstimator):
         if not isinstance(self.threshold, str):
             return float(self.threshold)
         protocol = _PROTOCOLS[self.threshold]
-        return predict.choose_threshold(workdir, protocol, self.metric)
+        rule = rules.Rule(protocol, self.metric)
+        return predict.choose(workdir, rule).threshold
 
 
 @contextlib.contextmanager

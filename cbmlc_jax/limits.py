@@ -55,6 +55,7 @@ CHOICES = {
         "lr_knn",
         "mlknn",
         "sleec",
+        "mixture",
     ),
     "model.encoder.name": ("auto", *TOKENS, "dense", *NETWORKS),
     "model.label_graph": ("complete", "self", "cooccurrence", "file", "correlation"),
@@ -137,6 +138,8 @@ RANGES = {
     "seq2seq.beam": (1, None),
     "eval.batch_size": (1, None),
 }
+# Models that config.loss trains; mpvae and seq2seq have objectives of their own.
+WITH_LOSS = ("cbmlc", "lamp", "ml_gcn", "resnet_asl", "resnet_bce")
 # Model -> the settings of its authors (sources in experiments/README.md).  They stand
 # over the config file, and the command line over them.
 PUBLISHED = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import scipy.sparse
 
 from cbmlc_jax import backbones, embeddings, noise, rngs
 from cbmlc_jax import config as config_lib
@@ -40,7 +41,7 @@ class Task:
         meta: what the model has to know of the data.
         embeddings: source, width and coverage for the result row; None for models
             without word vectors.
-        graph: [L, L] label graph or None.
+        graph: [L, L] label graph, bool or weights; or None.
         widths: bucket widths of the batches.
     """
 
@@ -56,7 +57,7 @@ class Task:
     prior: np.ndarray
     meta: Meta
     embeddings: dict[str, object] | None
-    graph: np.ndarray | None
+    graph: scipy.sparse.csr_array | None
     widths: list[int]
 
 
@@ -207,7 +208,7 @@ def vocabulary(config, dataset: pipeline.Dataset) -> embeddings.Vocabulary:
 
 def _label_vectors(config, dataset) -> tuple[np.ndarray, dict | None]:
     """Word vectors [L, P] and what was found; [L, 1] zeros for models without."""
-    if config.model.name not in READS_LABEL_VECTORS:
+    if not set(config_lib.members(config)) & set(READS_LABEL_VECTORS):
         return np.zeros((len(dataset.label_names), 1), np.float32), None
     known = vocabulary(config, dataset)
     vectors, coverage = embeddings.label_vectors(dataset.label_texts, known)
@@ -279,10 +280,14 @@ def _input_meta(inputs: pipeline.Inputs, feature_names: tuple[str, ...]) -> dict
     return meta
 
 
-def _graph(config, labels: np.ndarray, names: tuple[str, ...]) -> np.ndarray | None:
+def _graph(
+    config, labels: np.ndarray, names: tuple[str, ...]
+) -> scipy.sparse.csr_array | None:
     """The label graph, learnt from the noisy training labels alone."""
     kind, file = config.model.label_graph, config.model.label_graph_file
     if kind == "correlation":
         settings = config.ml_gcn
-        return correlation_adjacency(labels, settings.threshold, settings.weight)
+        return scipy.sparse.csr_array(
+            correlation_adjacency(labels, settings.threshold, settings.weight)
+        )
     return pipeline.label_graph(kind, labels, names, file)

@@ -29,12 +29,14 @@ from cbmlc_jax import (
     losses,
     metrics,
     results,
+    systems,
     thresholds,
     train,
 )
 from cbmlc_jax import config as config_lib
 from cbmlc_jax import run as run_lib
 from cbmlc_jax.data import pipeline
+from experiments import measure
 
 
 @pytest.fixture(scope="module")
@@ -494,6 +496,34 @@ def test_a_row_of_weight_three_is_three_rows_of_a_step(reduction):
     for one, other in zip(after["weighted"], after["repeated"], strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-6)
     assert abs(after["plain"][-1] - after["weighted"][-1]) > 1e-4
+
+
+def test_rows_in_parts_train_as_all_at_once(tmp_path, monkeypatch):
+    """Two rows at a time: the same loss, parameters and scores."""
+    config = running.tiny_config(**{"train.batch_size": 8, "train.num_epochs": 1})
+    config.eval.batch_size = 8
+    both = []
+    for nodes in (2 * 40, 8 * 40):
+        monkeypatch.setattr(systems, "LABEL_NODES", nodes)
+        assert systems.num_parts("cbmlc", 8, 40) == 8 * 40 // nodes
+        run = run_lib.Run(config, str(tmp_path))
+        ours = measure.Ours(config, run.task, 2)
+        for number in range(2):
+            ours.compile(number)
+            ours.step(number)
+        scores = run.system.scores(run.system.init(), run.task.test.inputs)
+        both.append((ours.params, scores))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *both
+    )
+
+
+def test_parts_divide_the_rows():
+    parts = [systems.num_parts("cbmlc", rows, 983) for rows in (1, 7, 14, 32, 33)]
+    assert parts == [1, 1, 2, 4, 11]
+    assert systems.num_parts("cbmlc", 32, 30000) == 16
+    assert systems.num_parts("cbmlc", 32, 159) == 1
+    assert systems.num_parts("mpvae", 32, 30000) == 1
 
 
 def test_selection_rules(tmp_path):

@@ -6,10 +6,12 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
-import scipy.sparse
+
+if TYPE_CHECKING:
+    import scipy.sparse
 
 # The first feature name of a data set of sequences: ids in order, repeats kept, and
 # this one for every word without a name.  Other data sets are of sets.
@@ -111,6 +113,8 @@ class Ragged:
 
     def matrix(self, num_features: int) -> scipy.sparse.csr_array:
         """float32 [N, num_features]: how often, or how much, each id counts."""
+        import scipy.sparse  # here: serving reads this module, and has numpy alone
+
         weights = self.weights
         if weights is None:
             weights = np.ones(len(self.values), np.float32)
@@ -212,6 +216,8 @@ class Split:
         labels: uint8 [N, L], 0 or 1.
         ignored: bool [N, L], entries that count neither in training nor in a score
             (their label is 0); None: all count.
+        added: float32 [N], the share of its negatives that noise turned on in each row;
+            None: not known by rows.
         sample_weight: float32 [N], > 0, the factor of a row in the loss; None: 1.  It
             counts in the loss alone, in no score.
     """
@@ -219,6 +225,7 @@ class Split:
     inputs: Inputs
     labels: np.ndarray
     ignored: np.ndarray | None = None
+    added: np.ndarray | None = None
     sample_weight: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -234,6 +241,7 @@ class Split:
             self.inputs.take(rows),
             self.labels[rows],
             taken(self.ignored),
+            taken(self.added),
             taken(self.sample_weight),
         )
 

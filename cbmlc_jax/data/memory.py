@@ -25,7 +25,8 @@ from cbmlc_jax.data.dataset import (
     Ragged,
     Split,
 )
-from cbmlc_jax.data.reuters import MAX_TOKENS, MIN_DOCUMENTS
+from cbmlc_jax.data.reuters import MIN_DOCUMENTS
+from cbmlc_jax.data.words import MAX_TOKENS
 
 Rows = Sequence[Sequence[str]] | scipy.sparse.csr_array | np.ndarray
 

@@ -25,7 +25,8 @@ class Estimator(Protocol):
     def fit(self, inputs: Inputs, labels: UInt8[np.ndarray, "rows labels"]) -> Params:
         """Learns from inputs [N, F] and labels [N, L]; labels may be all 0 or 1.
 
-        Those of `baselines.TAKES_WEIGHTS` also take `weights` float32 [N].
+        Those that config.noise.by_row may ask also take `added` [N], see `Split`, and
+        those of `baselines.TAKES_WEIGHTS` `weights` float32 [N]; not both at once.
         """
 
     def scores(

@@ -9,11 +9,17 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import scipy.sparse
 from jaxtyping import Float, UInt8
+from scipy.optimize import minimize
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression as _Regression
 from sklearn.preprocessing import normalize
 
 from cbmlc_jax.models.baselines.estimator import Inputs, Params
+
+# Of the fit with rates of added labels.
+_BLOCK = 16  # labels at once
+_ITERATIONS, _TOLERANCE = 60, 1e-6  # of L-BFGS, and its relative decrease at the end
+_LEAST = 1e-7  # no probability is less
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +33,11 @@ class LogisticRegression:
     ones (of which b is not in the penalty, and the solver is L-BFGS).  A label that is
     the same on all rows has w = 0 and the log odds of (positives + 1/2) / (N + 1) as b.
 
+    With rates a_i of labels that were added to row i, the loss of an entry is that of
+    its label given the rate (`losses.forward` with r0 = a_i and r1 = 0), and the score
+    the probability of a label that holds and was kept.  That is not convex: L-BFGS
+    starts at w = 0.
+
     Attributes:
         cost: C.
     """
@@ -37,12 +48,13 @@ class LogisticRegression:
         self,
         inputs: Inputs,
         labels: UInt8[np.ndarray, "rows labels"],
+        added: Float[np.ndarray, " rows"] | None = None,
         weights: Float[np.ndarray, " rows"] | None = None,
     ) -> Params:
         """weights float32 [F, L], bias float32 [L], and the scale of the inputs.
 
         `weights` [N] are factors of the rows' terms in the sum over i; the scale does
-        not read them.
+        not read them, and neither does a fit with `added`.
         """
         scale = fit_scale(inputs)
         rows = rescale(scale, inputs)
@@ -50,6 +62,11 @@ class LogisticRegression:
         share = (positives + 0.5) / (len(labels) + 1)
         coefficients = np.zeros((inputs.shape[1], labels.shape[1]), np.float32)
         bias = np.log(share / (1 - share)).astype(np.float32)
+
+        varying = np.flatnonzero((positives > 0) & (positives < len(labels)))
+        if added is not None:
+            _fit_added(rows, labels, added, self.cost, varying, coefficients, bias)
+            return {"weights": coefficients, "bias": bias, "scale": scale}
 
         # liblinear would store dense rows as sparse ones, at many times the cost.
         solver = {"solver": "liblinear"}
@@ -61,7 +78,6 @@ class LogisticRegression:
             model.fit(rows, labels[:, label], sample_weight=weights)
             coefficients[:, label], bias[label] = model.coef_[0], model.intercept_[0]
 
-        varying = np.flatnonzero((positives > 0) & (positives < len(labels)))
         # The solvers work outside the interpreter's lock and draw no random numbers:
         # threads change the time, not the result.
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -74,6 +90,54 @@ class LogisticRegression:
         """float32 [N, L] probabilities."""
         logits = rescale(params["scale"], inputs) @ np.asarray(params["weights"])
         return expit(logits + np.asarray(params["bias"])[None]).astype(np.float32)
+
+
+def _fit_added(rows, labels, added, cost, varying, weights, bias) -> None:
+    """Fills in weights and bias of the labels `varying`, in blocks of like frequency.
+
+    Both are penalised, as by liblinear; of dense rows b is not.
+    """
+    rows = rows.astype(np.float32)
+    across = rows.T.tocsr() if scipy.sparse.issparse(rows) else rows.T
+    a = added.astype(np.float32)[:, None]
+    penalised = np.ones((rows.shape[1] + 1, 1), np.float32)
+    penalised[-1] = scipy.sparse.issparse(rows)
+
+    def block(some: np.ndarray) -> None:
+        on = labels[:, some] != 0
+        sign = np.where(on, np.float32(1), np.float32(-1)) * (1 - a)
+        floor = np.maximum(np.where(on, a, 1 - a), np.float32(_LEAST))
+        start = np.zeros((rows.shape[1] + 1, len(some)), np.float32)
+        share = np.clip((on.mean(0) - a.mean()) / (1 - a.mean()), _LEAST, 1 - _LEAST)
+        start[-1] = np.log(share / (1 - share))
+
+        def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+            w = flat.reshape(start.shape).astype(np.float32)
+            p = expit(rows @ w[:-1] + w[-1:])
+            given = np.maximum(floor + sign * p, np.float32(_LEAST))
+            slope = -sign / given * p * (1 - p)
+            gradient = np.empty_like(w)
+            gradient[:-1], gradient[-1] = across @ slope, slope.sum(0)
+            shrunk = penalised * w / cost
+            loss = -np.log(given).sum(dtype=np.float64) + 0.5 * float(
+                (shrunk.astype(np.float64) * w).sum()
+            )
+            return loss, (gradient + shrunk).ravel().astype(np.float64)
+
+        found = minimize(
+            objective,
+            start.ravel().astype(np.float64),
+            jac=True,
+            method="L-BFGS-B",
+            options={"maxiter": _ITERATIONS, "ftol": _TOLERANCE},
+        )
+        w = found.x.reshape(start.shape)
+        weights[:, some], bias[some] = w[:-1], w[-1]
+
+    order = varying[np.argsort(-labels[:, varying].sum(0, dtype=np.int64))]
+    blocks = [order[i : i + _BLOCK] for i in range(0, len(order), _BLOCK)]
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        list(pool.map(block, blocks))
 
 
 def fit_scale(inputs: Inputs) -> Params:

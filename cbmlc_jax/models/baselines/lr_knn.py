@@ -21,6 +21,7 @@ class LRkNN:
 
     j runs over the k training rows of the largest cosine s_j with the query, on the
     same tf-idf (or standardised) rows as the regression; a negative s_j counts 0.
+    With rates of added labels see `cosine_vote`.
     Where rows have weights w, w_j s_j^2 stands for s_j^2: a row of weight 2 is one
     neighbour, not two.
 
@@ -38,13 +39,16 @@ class LRkNN:
         self,
         inputs: Inputs,
         labels: UInt8[np.ndarray, "rows labels"],
+        added: Float[np.ndarray, " rows"] | None = None,
         weights: Float[np.ndarray, " rows"] | None = None,
     ) -> Params:
-        """The regression's parameters, the rows, their labels and weights."""
-        params = linear.LogisticRegression(self.cost).fit(inputs, labels, weights)
+        """The regression's parameters, the rows, their labels, rates and weights."""
+        regression = linear.LogisticRegression(self.cost)
+        params = regression.fit(inputs, labels, added, weights)
         rows = linear.rescale(params["scale"], inputs).astype(np.float32)
-        found = {"linear": params, "rows": pack(rows), "labels": labels}
-        return found if weights is None else found | {"weights": weights}
+        stored = {"linear": params, "rows": pack(rows), "labels": labels}
+        given = {"added": added, "weights": weights}
+        return stored | {k: v for k, v in given.items() if v is not None}
 
     def scores(
         self, params: Params, inputs: Inputs
@@ -57,7 +61,8 @@ class LRkNN:
             np.asarray(params["labels"]),
             queries,
             self.neighbours,
-            np.asarray(params["weights"]) if "weights" in params else None,
+            params.get("added"),
+            params.get("weights"),
         )
         return (1 - self.vote) * ours + self.vote * theirs
 
@@ -67,32 +72,50 @@ def cosine_vote(
     labels: UInt8[np.ndarray, "rows labels"],
     queries: Inputs,
     neighbours: int,
+    added: Float[np.ndarray, " rows"] | None = None,
     weights: Float[np.ndarray, " rows"] | None = None,
 ) -> Float[np.ndarray, "queries labels"]:
     """Mean label of the nearest rows, weighted by the squared cosine; 0 without any.
+
+    With rates a_j of labels that were added to row j, its label counts as
+    (y_j - a_j) / (1 - a_j), unbiased for a label that holds and was kept, and its
+    weight is divided by the variance of that, (a_j (1 - a_j) + m) / (1 - a_j)^2 with
+    m the mean of (y - a) over all entries; the mean is cut to [0, 1].
 
     Args:
         rows: [N, F] training rows.
         labels: [N, L].
         queries: [Q, F].
         neighbours: k.
+        added: [N], or None: nothing was.
         weights: [N] of the training rows; None: 1.
     """
     k = min(neighbours, rows.shape[0])
+    trust = np.ones(rows.shape[0], np.float32)
+    if added is not None:
+        a = np.asarray(added, np.float32)
+        m = max(float(labels.mean() - a.mean()), 1e-6)
+        trust = (1 - a) ** 2 / (a * (1 - a) + m)
+        trust /= trust.max()
+    if weights is not None:
+        trust *= np.asarray(weights)
     index = NearestNeighbors(n_neighbors=k, metric="cosine", algorithm="brute")
     index.fit(rows)
     given = scipy.sparse.csr_array(labels.astype(np.float32))
+    if added is not None:
+        given = scipy.sparse.diags_array(1 / (1 - a)) @ given
     votes = np.zeros((queries.shape[0], labels.shape[1]), np.float32)
     for start in range(0, queries.shape[0], _CHUNK):
         distance, nearest = index.kneighbors(queries[start : start + _CHUNK])
-        weight = np.clip(1 - distance, 0, 1).astype(np.float32) ** 2
-        if weights is not None:
-            weight *= weights[nearest]
+        weight = np.clip(1 - distance, 0, 1).astype(np.float32) ** 2 * trust[nearest]
         ends = np.arange(0, weight.size + 1, k)
         chosen = scipy.sparse.csr_array(
             (weight.ravel(), nearest.ravel(), ends),
             shape=(len(weight), rows.shape[0]),
         )
+        vote = (chosen @ given).toarray()
+        if added is not None:
+            vote = vote - (chosen @ (a / (1 - a)))[:, None]
         total = np.maximum(weight.sum(1, keepdims=True), 1e-12)
-        votes[start : start + _CHUNK] = (chosen @ given).toarray() / total
+        votes[start : start + _CHUNK] = np.clip(vote / total, 0, 1)
     return votes
