@@ -323,12 +323,13 @@ def test_weights_of_rows():
     weights = rng.integers(1, 4, 30)
     twice = np.repeat(np.arange(30), weights)
     model = baselines.LogisticRegression()
-    one = model.fit(rows, labels, weights.astype(np.float32))
+    one = model.fit(rows, labels, weights=weights.astype(np.float32))
     other = model.fit(rows[twice], labels[twice])
     np.testing.assert_allclose(one["weights"], other["weights"], atol=1e-3)
     assert np.abs(model.fit(rows, labels)["weights"] - one["weights"]).max() > 0.05
     vote = baselines.LRkNN(1.0, 2, 1.0)
-    params = vote.fit(rows, labels, np.where(np.arange(30) == 1, 1e6, 1.0))
+    heavy = np.where(np.arange(30) == 1, 1e6, 1.0)
+    params = vote.fit(rows, labels, weights=heavy)
     np.testing.assert_allclose(vote.scores(params, rows[[1]])[0], labels[1], atol=1e-4)
     plain = vote.scores(vote.fit(rows, labels), rows[[1]])[0]
     assert np.abs(plain - labels[1]).max() > 0.05
