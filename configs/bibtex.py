@@ -19,9 +19,9 @@ def get_config(preset: str = ""):
 
     `fast`: one block, width 128, minutes on two cores.  `robust`: that, and what is
     not in the paper but helps with noisy labels: a linear path beside the decoder, rows
-    that lose a part of their tokens, averaged weights, and a loss that allows for labels
-    that were added, as many as each row seems to have.  `mixture`: that, cross-fitted,
-    with lr_knn and sleec.
+    that lose a part of their tokens, averaged weights, and a loss that allows for as
+    many added labels as each row seems to have.  `mixture`: that, cross-fitted, with
+    lr_knn and sleec.
     """
     c = config_lib.base()
     c.data.name = "bibtex"
