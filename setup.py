@@ -11,6 +11,7 @@ HERE = pathlib.Path(__file__).parent
 REQUIRES = [
     "absl-py>=2.1",
     "array_record>=0.8",
+    "flatbuffers>=24.3",
     "flax>=0.12",
     "gensim>=4.4",
     "grain>=0.2.18",

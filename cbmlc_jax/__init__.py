@@ -1,12 +1,23 @@
 """CbMLC in JAX: multi-label classification when the labels are noisy."""
 
+import importlib
+
 __version__ = "0.1.0"
+
+# Name -> its module, imported when the name is first used: `import cbmlc_jax` is quick.
+_LAZY = {
+    "CbMLCClassifier": "estimators",
+    "LinearKNNClassifier": "estimators",
+    "find_label_issues": "issues",
+}
+__all__ = ["__version__", *_LAZY]
 
 
 def __getattr__(name: str):
-    """`find_label_issues`, imported where it is asked for: the command line is not."""
-    if name == "find_label_issues":
-        from cbmlc_jax.issues import find_label_issues
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
 
-        return find_label_issues
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

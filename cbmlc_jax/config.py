@@ -21,6 +21,7 @@ from cbmlc_jax.limits import (
     PUBLISHED,
     RANGES,
     TOKENS,
+    WITH_LOSS,
 )
 
 
@@ -72,9 +73,12 @@ def base() -> ml_collections.ConfigDict:
     c.noise.seed = 0  # of the flips
     c.noise.validation = "noisy"  # noisy or clean validation labels
     c.noise.known = True  # the realised rates are; False: they are estimated
-    c.noise.repaired = (
-        ""  # train on labels that --mode=audit --apply wrote to this file
-    )
+    c.noise.repaired = ""  # train on the labels of this file (--mode=audit --apply)
+    c.noise.r0 = placeholder(float)  # P(0->1), P(1->0) of labels that came noisy, where
+    c.noise.r1 = placeholder(float)  # you know them; they stand over the realised ones
+    # Estimate what was added to each row's labels; logistic_regression, lr_knn, and
+    # loss.name=forward fit with it.
+    c.noise.by_row = False
 
     c.embeddings = ml_collections.ConfigDict()
     c.embeddings.source = "auto"  # auto, dataset, file, package, gensim, random
@@ -157,6 +161,8 @@ def base() -> ml_collections.ConfigDict:
     c.lr_knn = ml_collections.ConfigDict()
     c.lr_knn.neighbours = placeholder(int)  # default 15, or 25 where there is noise
     c.lr_knn.vote = 0.3  # weight of the neighbours' vote
+    c.mixture = ml_collections.ConfigDict()
+    c.mixture.members = "lr_knn,sleec,cbmlc"  # models whose scores are mixed
     c.mlknn = ml_collections.ConfigDict()
     c.mlknn.neighbours = 10
     c.mlknn.smoothing = 1.0
@@ -186,6 +192,7 @@ def base() -> ml_collections.ConfigDict:
     return c.lock()
 
 
+FOR_TOKENS = ("model.linear_path", "model.token_dropout")  # cbmlc and lamp alone
 # Keys that change where or how loudly a run happens, not what comes out of it.
 INCIDENTAL = (
     "data.cache_dir",
@@ -309,6 +316,7 @@ def validate(config: ml_collections.ConfigDict) -> None:
     if flat["embeddings.source"] == "file" and not flat["embeddings.path"]:
         raise ConfigError("config.embeddings.source=file needs config.embeddings.path")
     _check_own(flat)
+    _check_rates(flat)
     _check_encoder(flat)
     name = flat["model.name"]
     if (flat["model.label_graph"] == "correlation") != (name == "ml_gcn"):
@@ -322,15 +330,67 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"{name} has no trained label embeddings for a context loss: "
             "config.loss.cb_weight must be 0"
         )
-    for key in ("model.linear_path", "model.token_dropout"):
+    if name == "mixture":
+        _check_members(config)
+        return
+    for key in FOR_TOKENS:
         if flat[key] and name not in ("cbmlc", "lamp"):
             raise ConfigError(
                 f"config.{key}={flat[key]} is for cbmlc and lamp, not for {name}"
             )
+    if flat["noise.by_row"] and flat["noise.repaired"]:
+        raise ConfigError(
+            "config.noise.by_row=True is for labels as they came, not for those of "
+            "config.noise.repaired: unset one"
+        )
+    if flat["noise.by_row"] and not _knows_rows(name, flat["loss.name"]):
+        raise ConfigError(
+            "config.noise.by_row=True is for logistic_regression, lr_knn and neural "
+            f"models with config.loss.name=forward, not for {name} with "
+            f"{flat['loss.name']}"
+        )
     if flat["train.crossfit"] == 1:
         raise ConfigError(
             "config.train.crossfit=1 leaves no row to train on: 0 or 2-100"
         )
+
+
+def _knows_rows(name: str, loss: str) -> bool:
+    """Whether a model is fitted with config.noise.by_row."""
+    linear = name in ("logistic_regression", "lr_knn")
+    return linear or (name in WITH_LOSS and loss == "forward")
+
+
+def members(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+    """The models of a config: those of a mixture, or the one."""
+    if config.model.name != "mixture":
+        return (config.model.name,)
+    return tuple(name.strip() for name in config.mixture.members.split(","))
+
+
+def member(config: ml_collections.ConfigDict, name: str) -> ml_collections.ConfigDict:
+    """The config of one member of a mixture: the mixture's, as far as it goes."""
+    config = config.copy_and_resolve_references()
+    config.model.name = name
+    if name not in ("cbmlc", "lamp"):
+        config.model.linear_path, config.model.token_dropout = False, 0.0
+    config.noise.by_row &= _knows_rows(name, config.loss.name)
+    return config
+
+
+def _check_members(config: ml_collections.ConfigDict) -> None:
+    names = members(config)
+    known = [name for name in CHOICES["model.name"] if name != "mixture"]
+    strange = [name for name in names if name not in known]
+    if strange or len(set(names)) != len(names) or len(names) < 2:
+        raise ConfigError(
+            f"config.mixture.members={config.mixture.members!r} must be two or more "
+            f"different ones of {', '.join(known)}, with commas between them"
+        )
+    if config.model.encoder.name in NETWORKS:
+        raise ConfigError("config.model.name=mixture does not read images")
+    for name in names:
+        validate(member(config, name))
 
 
 def settled(config: ml_collections.ConfigDict, kind: str) -> ml_collections.ConfigDict:
@@ -381,6 +441,20 @@ def _check_own(flat: dict[str, object]) -> None:
         raise ConfigError("config.data.separator is empty: give what is between labels")
 
 
+def _check_rates(flat: dict[str, object]) -> None:
+    """Whether rates that are given go together with the other settings."""
+    r0, r1 = flat["noise.r0"], flat["noise.r1"]
+    if (r0 is None) != (r1 is None):
+        raise ConfigError(
+            "config.noise.r0 and config.noise.r1 belong together: give both, or neither"
+        )
+    if r0 is not None and not flat["noise.known"]:
+        raise ConfigError(
+            "config.noise.r0 and config.noise.r1 are given, so there is nothing to "
+            "estimate: leave config.noise.known=True"
+        )
+
+
 def _check_encoder(flat: dict[str, object]) -> None:
     """Whether encoder, data set and model go together."""
     encoder, data = flat["model.encoder.name"], flat["data.name"]
@@ -392,7 +466,7 @@ def _check_encoder(flat: dict[str, object]) -> None:
             f"config.model.encoder.name={encoder} does not read {data}: choose one of "
             + ", ".join(ENCODERS_OF[data])
         )
-    for key in ("model.linear_path", "model.token_dropout"):
+    for key in FOR_TOKENS:
         if flat[key] and encoder not in TOKENS:
             raise ConfigError(
                 f"config.{key}={flat[key]} is for tokens; {encoder} reads none"

@@ -69,6 +69,22 @@ def selection_score(validation: Validation, protocol: str) -> tuple[float, str]:
     return float(curves["miF1"].max()), used
 
 
+def choose(validation: Validation) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """Thresholds without a look at test rows.
+
+    Returns:
+        {protocol: {F1: threshold}} of every protocol but oracle, and a warning for each
+        that fell back to another one.
+    """
+    chosen, warnings = {}, []
+    for protocol in thresholds.PROTOCOLS[1:]:
+        curves, used = validation.curves(protocol)
+        if used != protocol:
+            warnings.append(f"{validation.rates.reason}: {protocol} is {used}")
+        chosen[protocol] = thresholds.choose(curves, validation.grid)
+    return chosen, warnings
+
+
 def protocols(
     validation: Validation,
     test_scores: Float[np.ndarray, "rows labels"],
@@ -88,22 +104,18 @@ def protocols(
         The parts of a result row, and warnings for the user:
         {"metrics": {protocol: {F1: value}}, "thresholds": {...}, "ranking": {...}}.
     """
+    honest, warnings = choose(validation)
     test = thresholds.f1_curves(test_scores, test_labels)
-    chosen, scores, warnings = {}, {}, []
-    for protocol in thresholds.PROTOCOLS:
-        if protocol == "oracle":
-            curves, used, grid = test, protocol, thresholds.GRID
-        else:
-            (curves, used), grid = validation.curves(protocol), validation.grid
-        if used != protocol:
-            warnings.append(f"{validation.rates.reason}: {protocol} is {used}")
-        chosen[protocol] = thresholds.choose(curves, grid)
-        scores[protocol] = {
+    chosen = {"oracle": thresholds.choose(test)} | honest
+    scores = {
+        protocol: {
             name: metrics.f1_scores(
                 metrics.count(thresholds.apply(test_scores, t), test_labels)
             )[name]
             for name, t in chosen[protocol].items()
         }
+        for protocol in thresholds.PROTOCOLS
+    }
     parts = {
         "metrics": scores,
         "thresholds": chosen,

@@ -8,13 +8,23 @@ chooses.  Cross-fitting runs either of them on K folds and once more on all rows
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import time
 
 import ml_collections
 import numpy as np
 
-from cbmlc_jax import checkpoints, files, rngs, systems, train
+from cbmlc_jax import (
+    checkpoints,
+    evaluate,
+    files,
+    mixture,
+    rngs,
+    systems,
+    train,
+)
+from cbmlc_jax import config as config_lib
 from cbmlc_jax import run as run_lib
 from cbmlc_jax import task as task_lib
 from cbmlc_jax.models import baselines
@@ -32,9 +42,25 @@ def train_and_evaluate(config, workdir: str, command: str) -> dict | None:
     """
     if not run_lib.claim(config, workdir):
         return None
-    run = run_lib.Run(config, workdir)
+    row, text = complete(run_lib.Run(config, workdir), command)
+    print(text)
+    return row
+
+
+def complete(run: run_lib.Run, command: str) -> tuple[dict, str]:
+    """Fits, evaluates and writes everything to the run's workdir.
+
+    Returns:
+        The result row and the report.
+
+    Raises:
+        RunError, CheckpointError: see `train_and_evaluate`.
+    """
+    workdir = run.workdir
     run_lib.write_inputs(run)
-    if config.train.crossfit:
+    if isinstance(run.system, systems.Mixture):
+        run = _fit_members(run)
+    elif run.config.train.crossfit:
         run = _cross_fit(run)
     history = fit(run)
     params, best, _ = run_lib.chosen_params(workdir, run.system.like)
@@ -42,14 +68,15 @@ def train_and_evaluate(config, workdir: str, command: str) -> dict | None:
     files.write_atomic(os.path.join(workdir, "report.txt"), text)
     files.write_jsonl(os.path.join(workdir, "details.jsonl"), records)
     files.write_jsonl(os.path.join(workdir, "results.jsonl"), [row])
-    print(text)
-    return row
+    return row, text
 
 
 def fit(run: run_lib.Run) -> list[dict]:
     """Fits what is not fitted yet into the run's checkpoints; returns the history."""
     folder = os.path.join(run.workdir, "checkpoints")
     with contextlib.closing(checkpoints.Checkpoints(folder)) as store:
+        if isinstance(run.system, systems.Mixture):
+            return store.history(store.epochs[-1])
         if isinstance(run.system, systems.Neural):
             return train.fit(run, store)
         return _search(run, store)
@@ -62,13 +89,19 @@ def _search(run: run_lib.Run, store: checkpoints.Checkpoints) -> list[dict]:
     """
     if store.epochs:
         return store.history(store.epochs[-1])
-    inputs = run.system.inputs(run.task.train.inputs)
+    split = run.training
+    given = {"inputs": run.system.inputs(split.inputs), "labels": split.labels}
+    if split.added is not None:
+        given["added"] = split.added
+    if split.ignored is not None and run.config.model.name in baselines.READS_IGNORED:
+        given["ignored"] = split.ignored
+    given |= _weights(run)
     history, best = [], None
     for number, (settings, estimator) in enumerate(run.system.candidates, 1):
         start = time.perf_counter()
         params = None
         if run.out_of_fold is None:
-            params = _fitted(run, estimator, inputs)
+            params = estimator.fit(**given)
         line = {
             "epoch": number,
             "settings": settings,
@@ -83,18 +116,25 @@ def _search(run: run_lib.Run, store: checkpoints.Checkpoints) -> list[dict]:
     chosen = run_lib.choose_epoch(history)
     if run.out_of_fold is not None:  # the folds have chosen: one fit is enough
         start = time.perf_counter()
-        best = _fitted(run, run.system.candidates[chosen - 1][1], inputs)
+        best = run.system.candidates[chosen - 1][1].fit(**given)
         history[chosen - 1]["seconds"] = round(time.perf_counter() - start, 2)
     store.save(chosen, best, {"candidate": np.array(chosen)}, history)
     files.write_jsonl(os.path.join(run.workdir, "metrics.jsonl"), history)
     return history
 
 
-def _fitted(run: run_lib.Run, estimator, inputs):
-    train = run.task.train
-    if run.config.model.name in baselines.READS_IGNORED:
-        return estimator.fit(inputs, train.labels, train.ignored)
-    return estimator.fit(inputs, train.labels)
+def _weights(run: run_lib.Run) -> dict[str, np.ndarray]:
+    """The argument of an estimator's `fit` for weights of rows; {} without them."""
+    weights, name = run.task.train.sample_weight, run.config.model.name
+    if weights is None:
+        return {}
+    if run.config.noise.by_row and name in baselines.TAKES_WEIGHTS:
+        raise run_lib.RunError(
+            f"{name} with config.noise.by_row=True cannot weigh rows: leave one out"
+        )
+    if name not in baselines.TAKES_WEIGHTS:
+        raise run_lib.RunError(f"{name} cannot weigh rows: leave sample_weight out")
+    return {"weights": weights}
 
 
 def _show(line: dict) -> None:
@@ -152,4 +192,61 @@ def _cross_fit(run: run_lib.Run) -> run_lib.Run:
     ]
     files.write_array(run_lib.out_of_fold_path(run.workdir), scores)
     found = run_lib.OutOfFold(scores, curve, rule, seconds)
+    return run_lib.Run(config, run.workdir, task, found)
+
+
+def _fit_members(run: run_lib.Run) -> run_lib.Run:
+    """Fits the members of a mixture, each a run of its own in `members/NAME`, chooses
+    their weights by the corrected miF1 of the mixed validation scores, and saves all.
+
+    Returns:
+        The run; under cross-fitting with the mixed out-of-fold scores.
+    """
+    config, task = run.config, run.task
+    variables, scores, seconds, validation = {}, {}, 0.0, None
+    for name in run.system.members:
+        workdir = os.path.join(run.workdir, "members", name)
+        os.makedirs(workdir, exist_ok=True)
+        if config.train.progress:
+            print(f"member {name}", flush=True)
+        part = run_lib.Run(config_lib.member(config, name), workdir, task)
+        if config.train.crossfit:
+            part = _cross_fit(part)
+            seconds += part.out_of_fold.seconds
+        history = fit(part)
+        seconds += sum(line["seconds"] for line in history)
+        variables[name], _, _ = run_lib.chosen_params(workdir, part.system.like)
+        validation = part.validation(variables[name])
+        scores[name] = validation.scores
+    rule = config.train.selection
+    rule = "corrected_val" if rule == "last" else rule
+
+    def value(mixed: np.ndarray) -> float:
+        some = dataclasses.replace(validation, scores=mixed)
+        return evaluate.selection_score(some, rule)[0]
+
+    weights, score = mixture.choose(list(scores.values()), value)
+    rule = evaluate.selection_score(validation, rule)[1]
+    history = [
+        {
+            "epoch": 1,
+            "settings": dict(zip(scores, weights, strict=True)),
+            "selection": {"rule": rule, "score": score},
+            "seconds": round(seconds, 2),
+        }
+    ]
+    if config.train.progress:
+        _show(history[0])
+    folder = os.path.join(run.workdir, "checkpoints")
+    with contextlib.closing(checkpoints.Checkpoints(folder)) as store:
+        if not store.epochs:
+            kept = {n: np.float32(w) for n, w in zip(scores, weights, strict=True)}
+            saved = {"weights": kept, "members": variables}
+            store.save(1, saved, {"candidate": np.array(1)}, history)
+    files.write_jsonl(os.path.join(run.workdir, "metrics.jsonl"), history)
+    if not config.train.crossfit:
+        return run
+    mixed = mixture.mixed(list(scores.values()), weights)
+    files.write_array(run_lib.out_of_fold_path(run.workdir), mixed)
+    found = run_lib.OutOfFold(mixed, [score], rule)
     return run_lib.Run(config, run.workdir, task, found)

@@ -11,9 +11,10 @@ and by Bayes' rule the given label is wrong with probability
     P(wrong | g = 1, z) = r0 (1 - c) / (r0 (1 - c) + (1 - r1) c)
     P(wrong | g = 0, z) = r1 c / (r1 c + (1 - r0) (1 - c)).
 
-w is fitted by maximum likelihood on all entries together, so that no c is below 0 or
-above 1 and the ranking has no ties there, as it has where (q - r0) / (1 - r0 - r1) is
-clipped.  z has
+Where annotators differ (`row_noise.added` varies by more than the common rate), r0 is
+that of the row: those of a careless one have most of the added labels.  w is fitted by
+maximum likelihood on all entries together, so that no c is below 0 or above 1 and the
+ranking has no ties there, as it has where (q - r0) / (1 - r0 - r1) is clipped.  z has
 
     1, the logit of the score, the logit of the label's share of clean positives, and
     the residual that the row's other labels foretell: with t the posterior mean of the
@@ -36,12 +37,16 @@ from jaxtyping import Bool, Float, Int, UInt8
 from scipy.special import expit, logit
 
 from cbmlc_jax import rates as rates_lib
+from cbmlc_jax import row_noise
 from cbmlc_jax.thresholds import Rates
 
 # Chosen on bibtex and emotions with planted noise, seed 0; not on other data.
 RIDGE = 0.5  # added to the covariance of the residuals, whose diagonal is about 1
 FOLDS = 5  # a row does not count in the covariance that foretells it
 FEWEST_PAIRS = 0.55  # of those foretold
+# Rows with more labels than foretold for reasons of their own look noisy, too: then the
+# mean of the rows' rates is not the common rate.
+MEAN_OFF = 0.25
 # At rates below these one kind of error would be impossible.
 LEAST_R0, LEAST_R1, MOST_R1 = 1e-5, 1e-3, 0.9
 CLIP = 1e-4  # scores nearer to 0 or 1 than this are not told apart
@@ -82,9 +87,11 @@ class Issues:
         """
         score = self.wrong.ravel()
         chosen = np.arange(score.size)
-        if top is not None and top < score.size:
+        if top == 0:
+            chosen = chosen[:0]
+        elif top is not None and top < score.size:
             cut = np.partition(score, score.size - top)[score.size - top]
-            chosen = np.flatnonzero(score >= cut) if top else chosen[:0]
+            chosen = np.flatnonzero(score >= cut)
         chosen = chosen[np.argsort(-score[chosen], kind="stable")][:top]
         return np.stack(np.divmod(chosen, self.wrong.shape[1]), 1)
 
@@ -119,15 +126,19 @@ def find_label_issues(
         used = estimated(scores, on)
     else:
         used = Rates(*map(float, rates), "known")
-    r0 = max(used.r0, LEAST_R0)
+    r0 = min(max(used.r0, LEAST_R0), MOST_R1)
     r1 = min(max(used.r1, LEAST_R1), MOST_R1, 0.95 - r0)
     share = np.clip((on.mean(0) - r0) / (1 - r0 - r1), CLIP, 1 - CLIP)
     parts = [
         logit(np.clip(scores, CLIP, 1 - CLIP, dtype=np.float64)),
         np.broadcast_to(logit(share), scores.shape),
     ]
+    given = r0 + (1 - r0 - r1) * _fitted(parts, on, r0, r1)
+    of_rows = row_noise.added(given, on, r0)
+    if of_rows.std() > r0 and abs(of_rows.mean() - r0) < MEAN_OFF * r0:
+        r0 = np.clip(of_rows, LEAST_R0, 0.95 - r1)[:, None]
     clean = _fitted(parts, on, r0, r1)
-    related = _pairs_share(scores, on) >= FEWEST_PAIRS
+    related = _pairs_share(given, on) >= FEWEST_PAIRS
     if related:
         parts.append(_foretold(clean, _wrong(clean, on, r0, r1), on))
         clean = _fitted(parts, on, r0, r1)
@@ -166,7 +177,7 @@ def _check(labels: np.ndarray, scores: np.ndarray, rates) -> None:
         raise ValueError(f"rates {rates} must be at least 0 and sum to less than .95")
 
 
-def _wrong(clean, on, r0: float, r1: float) -> np.ndarray:
+def _wrong(clean, on, r0, r1: float) -> np.ndarray:
     """[N, L] P(the given label is wrong), from P(clean label = 1)."""
     odds = np.where(
         on,
@@ -176,17 +187,18 @@ def _wrong(clean, on, r0: float, r1: float) -> np.ndarray:
     return odds / (1 + odds)
 
 
-def _fitted(parts: list[np.ndarray], on: np.ndarray, r0: float, r1: float):
+def _fitted(parts: list[np.ndarray], on: np.ndarray, r0, r1: float):
     """[N, L] c = sigmoid(w . z), by Fisher scoring of the channel's likelihood.
 
     Every k-th row is read where there are more than FITTED entries.
     """
     step = -(-on.size // FITTED)
     z = np.stack([np.ones(on[::step].size), *(p[::step].ravel() for p in parts)], 1)
-    given, information = on[::step].ravel(), 1 - r0 - r1
+    given, r0 = on[::step].ravel(), np.broadcast_to(r0, on.shape)[::step].ravel()
+    information = 1 - r0 - r1
 
     def likelihood(w: np.ndarray) -> float:
-        q = r0 + information * expit(z @ w)
+        q = np.clip(r0 + information * expit(z @ w), 1e-12, 1 - 1e-12)
         return float(np.log(np.where(given, q, 1 - q)).sum())
 
     w = np.zeros(z.shape[1])

@@ -23,6 +23,7 @@ ENCODERS_OF = {
     "emotions": ("dense",),
     "voc": NETWORKS,
     "own": (*TOKENS, "dense", *NETWORKS),
+    "memory": (*TOKENS, "dense"),  # given to an estimator
 }
 # Kind of inputs (Dataset.kind) -> encoders that read it, the one for `auto` first.
 ENCODERS_OF_KIND = {
@@ -54,6 +55,7 @@ CHOICES = {
         "lr_knn",
         "mlknn",
         "sleec",
+        "mixture",
     ),
     "model.encoder.name": ("auto", *TOKENS, "dense", *NETWORKS),
     "model.label_graph": ("complete", "self", "cooccurrence", "file", "correlation"),
@@ -73,6 +75,8 @@ RANGES = {
     "data.side": (32, 2048),
     "data.workers": (0, 64),
     "noise.rate": (0.0, 1.0),
+    "noise.r0": (0.0, 1.0),
+    "noise.r1": (0.0, 1.0),
     "model.num_blocks": (1, None),
     "model.width": (1, None),
     "model.num_heads": (1, None),
@@ -134,6 +138,8 @@ RANGES = {
     "seq2seq.beam": (1, None),
     "eval.batch_size": (1, None),
 }
+# Models that config.loss trains; mpvae and seq2seq have objectives of their own.
+WITH_LOSS = ("cbmlc", "lamp", "ml_gcn", "resnet_asl", "resnet_bce")
 # Model -> the settings of its authors (sources in experiments/README.md).  They stand
 # over the config file, and the command line over them.
 PUBLISHED = {

@@ -29,7 +29,7 @@ def define_flags() -> None:
         lock_config=True,
     )
     text("workdir", None, "The run's folder; default runs/<config>-<noise>-<seed>.")
-    modes = ("train", "eval", "predict", "data", "audit")
+    modes = ("train", "eval", "predict", "calibrate", "export", "data", "audit")
     flags.DEFINE_enum(
         "mode",
         "train",
@@ -37,7 +37,7 @@ def define_flags() -> None:
         "What to do; data: describe the data; audit: list likely wrong labels.",
     )
     text("input", None, "predict: rows as in training, or JSON lines.")
-    text("output", None, "predict: JSON lines, default stdout; data: a JSON file.")
+    text("output", None, "JSON lines, or a JSON file; export: a folder.")
     flags.DEFINE_enum(
         "protocol",
         "auto",
@@ -48,6 +48,12 @@ def define_flags() -> None:
         "metric", "miF1", ("ebF1", "miF1", "maF1"), "predict: the threshold's metric."
     )
     number("threshold", None, "predict: stands over --protocol.", 0.0, 1.0)
+    number("precision", None, "predict: the least, promised on validation.", 0.0, 1.0)
+    flags.DEFINE_bool("per_label", False, "predict: a threshold for each label.")
+    kinds = ("none", "temperature", "platt", "isotonic")
+    flags.DEFINE_enum("calibrate", "none", kinds, "predict: of the scores written.")
+    flags.DEFINE_integer("min_labels", 0, "predict: at least so many of a row.", 0)
+    flags.DEFINE_integer("max_labels", None, "predict: at most so many of a row.", 1)
     flags.DEFINE_integer("top_k", None, "predict: write only the best scores.", 1)
     flags.DEFINE_integer("top", 200, "audit: issues on the page.", 1)
     ways = ("none", "drop", "flip", "soft")
@@ -70,15 +76,18 @@ def main(argv: list[str]) -> None:
     if values.mode == "predict":
         from cbmlc_jax import predict
 
-        predict.predict_file(
-            workdir,
-            values.input,
-            values.output,
-            protocol=values.protocol,
-            metric=values.metric,
-            threshold=values.threshold,
-            top_k=values.top_k,
-        )
+        rule = predict.rule_of(values)
+        predict.predict_file(workdir, values.input, values.output, rule, values.top_k)
+        return
+    if values.mode == "calibrate":
+        from cbmlc_jax import predict
+
+        predict.reliability(workdir, values.protocol, values.output)
+        return
+    if values.mode == "export":
+        from cbmlc_jax import export, predict
+
+        export.export_run(workdir, values.output, predict.rule_of(values))
         return
     if values.mode == "data":
         from cbmlc_jax import describe

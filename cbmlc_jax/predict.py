@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
-import warnings
 from collections.abc import Iterator
 
 import numpy as np
+import scipy.sparse
 
+from cbmlc_jax import (
+    calibration,
+    files,
+    models,
+    reading,
+    rules,
+    systems,
+    task,
+    validation,
+)
 from cbmlc_jax import config as config_lib
-from cbmlc_jax import files, models, reading, systems, task, thresholds
 from cbmlc_jax import run as run_lib
 from cbmlc_jax.data.dataset import DataError, Inputs
+from cbmlc_jax.decision import Decision
 
 
 class Predictor:
@@ -28,18 +39,17 @@ class Predictor:
 
     def __init__(self, workdir: str):
         config = run_lib.trained_config(workdir)
-        path = os.path.join(workdir, "inputs.json")
-        try:
-            with open(path, encoding="utf8") as file:
-                inputs = json.load(file)
-        except (OSError, ValueError) as error:
-            raise run_lib.RunError(f"{path} cannot be read: {error}") from error
+        inputs = _inputs(workdir)
         self.label_names = inputs["label_names"]
         self.feature_names = inputs["feature_names"]
-        self._kind = inputs["kind"]
-        config = config_lib.settled(config, self._kind)
-        self._config, num_features = config, inputs["num_features"]
-        meta = models.Meta(
+        self.kind = inputs["kind"]
+        config = config_lib.settled(config, self.kind)
+        self.config, num_features = config, inputs["num_features"]
+        self.widths = inputs["widths"]
+        # Runs of before did not write it.
+        self.typical_length = max(1, inputs.get("typical_length", self.widths[0]))
+        self.graph = _graph(inputs["graph"], inputs["graph_weights"])
+        self.meta = models.Meta(
             num_features=num_features,
             label_vectors=np.zeros(
                 (len(self.label_names), inputs["embedding_width"]), np.float32
@@ -51,18 +61,13 @@ class Predictor:
             feature_mean=np.zeros(num_features, np.float32),
             feature_scale=np.ones(num_features, np.float32),
         )
-        self._system = systems.create(
-            config,
-            meta,
-            inputs["widths"],
-            _graph(inputs["graph"], inputs["graph_weights"]),
-        )
-        self._params, _, _ = run_lib.chosen_params(workdir, self._system.like)
+        self.system = systems.create(config, self.meta, self.widths, self.graph)
+        self.params, _, _ = run_lib.chosen_params(workdir, self.system.like)
 
     def scores(self, inputs: Inputs) -> np.ndarray:
         """float32 [N, L] probabilities."""
-        [inputs] = task.model_inputs(self._config, inputs, keep=False)
-        return self._system.scores(self._params, inputs)
+        [inputs] = task.model_inputs(self.config, inputs, keep=False)
+        return self.system.scores(self.params, inputs)
 
     def read(self, path: str) -> Iterator[Inputs]:
         """Inputs of a file in chunks; see `reading.read`.
@@ -70,95 +75,106 @@ class Predictor:
         Raises:
             DataError: names the file and the line.
         """
-        data = self._config.data
-        return reading.read(
-            path, self._kind, self.feature_names, self.label_names, data
-        )
+        data = self.config.data
+        return reading.read(path, self.kind, self.feature_names, self.label_names, data)
 
 
-def _graph(neighbours: list | None, weights: list | None) -> np.ndarray | None:
+def _inputs(workdir: str) -> dict:
+    """inputs.json of a run."""
+    path = os.path.join(workdir, "inputs.json")
+    try:
+        with open(path, encoding="utf8") as file:
+            return json.load(file)
+    except (OSError, ValueError) as error:
+        raise run_lib.RunError(f"{path} cannot be read: {error}") from error
+
+
+def _graph(
+    neighbours: list | None, weights: list | None
+) -> scipy.sparse.csr_array | None:
     if neighbours is None:
         return None
-    size = len(neighbours)
-    graph = np.zeros((size, size), bool if weights is None else np.float32)
-    for i, row in enumerate(neighbours):
-        graph[i, row] = True if weights is None else weights[i]
-    return graph
+    ends = np.cumsum([0, *map(len, neighbours)])
+    indices = np.array([j for row in neighbours for j in row], np.int32)
+    values = np.ones(len(indices), bool)
+    if weights is not None:
+        values = np.array([w for row in weights for w in row], np.float32)
+    shape = (len(neighbours), len(neighbours))
+    return scipy.sparse.csr_array((values, indices, ends), shape)
 
 
-def choose_threshold(workdir: str, protocol: str, metric: str) -> float:
-    """The threshold of a protocol, from the run's result row.
+def rule_of(values) -> rules.Rule:
+    """The rule that the command line states, in flags of its fields' names."""
+    fields = dataclasses.fields(rules.Rule)
+    return rules.Rule(**{field.name: values[field.name].value for field in fields})
 
-    "auto" is corrected_val where the noise rates are known or reliably estimated and
-    leave information, else noisy_val with a warning.
+
+def choose(workdir: str, rule: rules.Rule) -> Decision:
+    """The decision of a rule, from what the run left in its workdir.
 
     Raises:
-        RunError: the run is not finished, so that it has no thresholds yet.
+        RuleError, ValidationError: see `rules.choose` and `validation.read`.
     """
+    rule.check()
+    rows = files.read_jsonl(os.path.join(workdir, "results.jsonl"))
+    found = validation.read(workdir) if rule.reads_validation and rows else None
+    return rules.choose(rule, rows[-1] if rows else None, found)
+
+
+def reliability(workdir: str, protocol: str, target: str | None) -> None:
+    """Prints how right the scores are on validation, with and without calibration;
+    writes the whole table, also of each label, to `target` as JSON.
+
+    Raises:
+        RuleError, RunError, ValidationError: see there.
+    """
+    rule = rules.Rule(protocol, calibrate="platt")
+    rule.check()
+    run_lib.saved_config(workdir)
     rows = files.read_jsonl(os.path.join(workdir, "results.jsonl"))
     if not rows:
-        raise run_lib.RunError(
-            f"{workdir} has no finished run, so no threshold was chosen: let it finish "
-            "or give --threshold"
-        )
-    row = rows[-1]
-    if protocol == "auto":
-        protocol = "corrected_val"
-        found = row["rates"]
-        doubt = found.get("doubt", "")
-        rates = thresholds.Rates(found["r0"], found["r1"], found["source"], doubt)
-        if not rates.usable:
-            protocol = "noisy_val"
-            warnings.warn(
-                f"{rates.reason}: the threshold is that of noisy_val, which is biased "
-                "by the noise",
-                stacklevel=2,
-            )
-    return row["thresholds"][protocol][metric]
+        raise run_lib.RunError(f"{workdir} has no finished run: let it finish")
+    found = validation.read(workdir)
+    protocol = rules.protocol_of(protocol, rows[-1])
+    rates = rules.rates_of(found, protocol)
+    names = _inputs(workdir)["label_names"]
+    table = calibration.table(found.scores, found.labels, rates, names)
+    print(calibration.report(table, rates), end="")
+    if target:
+        about = {"dataset": rows[-1]["dataset"], "model": rows[-1]["model"]}
+        content = about | {"protocol": protocol, "reliability": table}
+        files.write_atomic(target, json.dumps(content, indent=1) + "\n")
 
 
 def predict_file(
     workdir: str,
     source: str | None,
     target: str | None,
-    *,
-    protocol: str = "auto",
-    metric: str = "miF1",
-    threshold: float | None = None,
+    rule: rules.Rule = rules.RUNS,
     top_k: int | None = None,
 ) -> None:
     """Writes one JSON line a row: {"labels": [...], "scores": {label: score}}.
 
-    Labels are those with score >= threshold, best first; scores are of all labels or
-    of the `top_k` best, best first.  `target` appears only when it is complete.
+    Labels are those of the rule, best first; scores are of all labels or of the
+    `top_k` best, best first.  `target` appears only when it is complete.
 
     Raises:
-        DataError, RunError, CheckpointError: see there.
+        DataError, RunError, RuleError, CheckpointError: see there.
     """
     if not source:
         raise DataError("--mode=predict needs --input, an ARFF or JSON lines file")
     if not os.path.exists(source):
         raise DataError(f"no such file: {source}")
-    if threshold is None:
-        threshold = choose_threshold(workdir, protocol, metric)
     predictor = Predictor(workdir)
-    rows = _rows(predictor, source, threshold, top_k)
+    rows = _rows(predictor, source, choose(workdir, rule), top_k)
     if target is None:
         sys.stdout.writelines(rows)
     else:
         files.write_atomic(target, rows)
 
 
-def _rows(predictor, source, threshold, top_k) -> Iterator[str]:
-    names = np.array(predictor.label_names)
+def _rows(predictor, source, decision: Decision, top_k) -> Iterator[str]:
     for inputs in predictor.read(source):
         scores = predictor.scores(inputs)
-        chosen = thresholds.apply(scores, threshold)
-        order = np.argsort(-scores, axis=1, kind="stable")
-        for score, mine, ranked in zip(scores, chosen, order, strict=True):
-            shown = ranked if top_k is None else ranked[:top_k]
-            row = {
-                "labels": names[ranked[mine[ranked]]].tolist(),
-                "scores": {names[i]: round(float(score[i]), 6) for i in shown},
-            }
+        for row in decision.lines(predictor.label_names, scores, top_k):
             yield json.dumps(row) + "\n"

@@ -89,7 +89,7 @@ def _repaired(task: Task) -> dict:
 
 
 def report(
-    row: dict, test_scores: np.ndarray, task: Task, warnings: list[str] = ()
+    row: dict, test_scores: np.ndarray | None, task: Task, warnings: list[str] = ()
 ) -> str:
     """A result row as text: noise, protocols, ranking, worst and best ten labels."""
     noise, selection = row["noise"], row["selection"]
@@ -123,9 +123,9 @@ def report(
             f"  trained on repaired labels ({fixed['how']}): {fixed['entries']} "
             "entries of all training rows differ"
         )
-    if row["rates"]["source"] == "estimated":
-        r0, r1 = row["rates"]["r0"], row["rates"]["r1"]
-        lines.append(f"  estimated            P(0->1) {r0:.4f}   P(1->0) {r1:.4f}")
+    if row["rates"]["source"] != "known":
+        source, r0, r1 = (row["rates"][key] for key in ("source", "r0", "r1"))
+        lines.append(f"  {source:<21}P(0->1) {r0:.4f}   P(1->0) {r1:.4f}")
     if row["embeddings"]:
         found = row["embeddings"]["coverage"]
         lines.append(
@@ -133,7 +133,15 @@ def report(
             f"{row['embeddings']['dim']}-d; labels found whole {found['whole']}, "
             f"in part {found['partial']}, not at all {found['none']}"
         )
-    lines += [
+    if test_scores is not None:
+        lines += _on_test(row, test_scores, task)
+    lines += [f"warning: {w}" for w in warnings]
+    return "\n".join(lines) + "\n"
+
+
+def _on_test(row: dict, test_scores: np.ndarray, task: Task) -> list[str]:
+    """The lines of protocols, ranking and labels."""
+    lines = [
         "",
         f"{'threshold by':<16}"
         + "".join(f"{n:>8} {'at':>5}" for n in metrics.F1_NAMES),
@@ -152,14 +160,13 @@ def report(
         lines.append(f"  {protocol}, per label: {_f1s(values)}")
     if "decoded_metrics" in row:
         lines.append(f"  the model's own rule: {_f1s(row['decoded_metrics'])}")
-    lines += [
+    return [
+        *lines,
         "",
         "  ".join(f"{k} {v:.4f}" for k, v in row["ranking"].items()),
         "",
         *_labels(row, test_scores, task),
     ]
-    lines += [f"warning: {w}" for w in warnings]
-    return "\n".join(lines) + "\n"
 
 
 def _pairs(settings: dict) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import time
@@ -22,11 +23,13 @@ from cbmlc_jax import (
     rates,
     results,
     rngs,
+    row_noise,
     systems,
     thresholds,
 )
 from cbmlc_jax import config as config_lib
 from cbmlc_jax import task as task_lib
+from cbmlc_jax import validation as validation_lib
 from cbmlc_jax.data import pipeline
 from cbmlc_jax.models.baselines.logistic_regression import LogisticRegression
 
@@ -71,7 +74,7 @@ class Run:
         out_of_fold: OutOfFold | None = None,
     ):
         self.workdir, self.out_of_fold = workdir, out_of_fold
-        self.task = task or _built(config)
+        self.task = task or built(config)
         self.config = config = config_lib.settled(config, self.task.dataset.kind)
         self.system = systems.create(
             config, self.task.meta, self.task.widths, self.task.graph
@@ -83,6 +86,27 @@ class Run:
         curve = self.out_of_fold.curve if self.out_of_fold else []
         scored = [(score, -i) for i, score in enumerate(curve, 1) if score is not None]
         return -max(scored)[1] if scored else self.config.train.num_epochs
+
+    @functools.cached_property
+    def training(self) -> pipeline.Split:
+        """The training rows; with config.noise.by_row, what was added to each.
+
+        That is estimated from these rows alone.
+
+        Raises:
+            RunError: the rows are images.
+        """
+        task, split, seed = self.task, self.task.train, self.config.data.split_seed
+        if not self.config.noise.by_row:
+            return split
+        what = "config.noise.by_row=True estimates the noise"
+        rows = _matrix(task, split.inputs, what)
+        scores = held_out_scores(rows, split.labels, seed)
+        mean = task.rates.r0
+        if not task.rates.usable:  # the rule doubts r1, seldom this
+            mean = rates.estimate(scores, split.labels).r0
+        added = row_noise.added(scores, split.labels, mean)
+        return dataclasses.replace(split, added=added)
 
     def out_of_patience(self, history: list[dict]) -> bool:
         """Whether the last evaluations brought nothing better; never after folds."""
@@ -132,23 +156,16 @@ class Run:
     def finish(
         self, params: PyTree, history: list[dict], best: int, command: str
     ) -> tuple[dict, str, list[dict]]:
-        """Evaluates the chosen parameters on test.
+        """Chooses thresholds; evaluates the chosen parameters on test, if there is;
+        writes validation.npz.
 
         Returns:
             The result row, the report's text, and the records of `details`.
         """
         start = time.perf_counter()
         validation = self.validation(params)
-        test = self.task.test
-        scores, decoded = self.system.predict(params, test.inputs)
-        scores = counted(scores, test)
-        parts, warnings = evaluate.protocols(
-            validation,
-            scores,
-            test.labels,
-            per_label=self.config.eval.per_label_thresholds,
-            decoded=decoded,
-        )
+        validation_lib.write(self.workdir, validation, self.task.validation.ignored)
+        parts, warnings, scores = self._parts(params, validation)
         records = self._details(params, scores, parts["thresholds"]["corrected_val"])
         chosen = next(line for line in history if line["epoch"] == best)
         training = sum(line["seconds"] for line in history)
@@ -177,10 +194,30 @@ class Run:
         )
         return row, results.report(row, scores, self.task, warnings), records
 
+    def _parts(
+        self, params: PyTree, validation: evaluate.Validation
+    ) -> tuple[dict, list[str], np.ndarray | None]:
+        """Parts of the row and warnings of `evaluate.protocols`; test scores."""
+        test = self.task.test
+        if not len(test):  # the rows were given to an estimator
+            chosen, warnings = evaluate.choose(validation)
+            return {"metrics": {}, "thresholds": chosen, "ranking": {}}, warnings, None
+        scores, decoded = self.system.predict(params, test.inputs)
+        scores = counted(scores, test)
+        parts, warnings = evaluate.protocols(
+            validation,
+            scores,
+            test.labels,
+            per_label=self.config.eval.per_label_thresholds,
+            decoded=decoded,
+        )
+        return parts, warnings, scores
+
     def _details(self, params: PyTree, scores, chosen: dict[str, float]) -> list[dict]:
-        """What to keep of the test scores and of the label nodes."""
-        task = self.task
-        records = [details.predictions(scores, task.test.labels, chosen)]
+        """What to keep of the test scores, if any, and of the label nodes."""
+        task, records = self.task, []
+        if scores is not None:
+            records.append(details.predictions(scores, task.test.labels, chosen))
         decoder = params.get("params", {}).get("decoder", {})
         if "label_embeddings" in decoder:
             vectors = np.asarray(decoder["label_embeddings"])
@@ -208,18 +245,32 @@ def counted(scores: np.ndarray, split: pipeline.Split) -> np.ndarray:
     return np.where(split.ignored, np.float32(0), scores)
 
 
-def _built(config) -> task_lib.Task:
-    task = task_lib.build(config)
+def built(config, dataset: pipeline.Dataset | None = None) -> task_lib.Task:
+    """The task of a config, with noise rates that are estimated where unknown.
+
+    Args:
+        config: validated.
+        dataset: stands for what the config names, where it is at hand.
+
+    Raises:
+        RunError: rates cannot be estimated from these rows.
+        DataError, EmbeddingError, WeightsError: see `task.build`.
+    """
+    task = task_lib.build(config, dataset)
     if config.noise.known:
         return task
-    if not task.meta.num_features:
-        raise RunError(
-            "config.noise.known=False estimates the rates from rows of numbers: freeze "
-            "all of the image network and set config.model.encoder.cache_features=True"
-        )
-    rows = task.inputs.matrix(task.meta.num_features)
+    rows = _matrix(task, task.inputs, "config.noise.known=False estimates the rates")
     found = estimated_rates(rows, task.noisy, config.data.split_seed)
     return dataclasses.replace(task, rates=found.rates)
+
+
+def _matrix(task: task_lib.Task, inputs: pipeline.Inputs, what: str):
+    if not task.meta.num_features:
+        raise RunError(
+            f"{what} from rows of numbers: freeze all of the image network and set "
+            "config.model.encoder.cache_features=True"
+        )
+    return inputs.matrix(task.meta.num_features)
 
 
 def estimated_rates(
@@ -227,8 +278,18 @@ def estimated_rates(
 ) -> rates.Estimate:
     """Noise rates of the training labels by `rates.estimate`, whatever the model.
 
-    The scores are those of logistic regression, each row's by one that was fitted on
-    the other four fifths.
+    Args:
+        rows: float32 [N, F] inputs.
+        noisy: uint8 [N, L] their labels.
+        seed: of the folds.
+    """
+    return rates.estimate(held_out_scores(rows, noisy, seed), noisy)
+
+
+def held_out_scores(
+    rows: scipy.sparse.csr_array | np.ndarray, noisy: np.ndarray, seed: int
+) -> np.ndarray:
+    """float32 [N, L]: logistic regression, each row by one of the other four fifths.
 
     Args:
         rows: float32 [N, F] inputs.
@@ -244,7 +305,7 @@ def estimated_rates(
         others = np.setdiff1d(order, held_out)
         params = model.fit(rows[others], noisy[others])
         scores[held_out] = model.scores(params, rows[held_out])
-    return rates.estimate(scores, noisy)
+    return scores
 
 
 def choose_epoch(history: list[dict]) -> int:
@@ -342,10 +403,11 @@ def write_inputs(run: Run) -> None:
         "num_features": task.meta.num_features,
         "inputs": task.meta.inputs,
         "widths": task.widths,
+        "typical_length": int(np.median(task.train.inputs.lengths)),
         "graph": None
         if graph is None
-        else [np.flatnonzero(row).tolist() for row in graph],
-        "graph_weights": [row[row != 0].tolist() for row in graph]
+        else [x.tolist() for x in np.split(graph.indices, graph.indptr[1:-1])],
+        "graph_weights": [x.tolist() for x in np.split(graph.data, graph.indptr[1:-1])]
         if weighted
         else None,
     }
@@ -402,7 +464,7 @@ def evaluate_checkpoint(workdir: str, data_dir: str | None, command: str) -> dic
 
 def out_of_fold_path(workdir: str) -> str:
     """Where cross-fitting leaves its scores [N, L]."""
-    return os.path.join(workdir, "out_of_fold.npy")
+    return os.path.join(workdir, validation_lib.OUT_OF_FOLD)
 
 
 def saved_out_of_fold(config, workdir: str) -> OutOfFold | None:

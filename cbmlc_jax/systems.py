@@ -2,11 +2,13 @@
 
 The variables of a model are all that it learnt, a tree of arrays.
 
-`Neural` is trained by gradient (train.py), `Fitted` in one call (fit.py); evaluation,
-checkpoints and prediction do not know which of the two they hold.
+`Neural` is trained by gradient (train.py), `Fitted` in one call (fit.py), `Mixture` is
+made of others; evaluation, checkpoints and prediction do not know which they hold.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -14,12 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, PyTree
 
-from cbmlc_jax import backbones, models, rngs
+from cbmlc_jax import backbones, mixture, models, rngs
+from cbmlc_jax import config as config_lib
 from cbmlc_jax.data import pipeline
-from cbmlc_jax.models import baselines
+from cbmlc_jax.models import baselines, neighbours
 from cbmlc_jax.parallel import Devices
 
 Scores = Float[np.ndarray, "rows labels"]
+# Label nodes that are computed at once: 51 rows of 159 labels, 8 of 983.  Of each, some
+# 40 vectors of the model's width wait for the backward pass.
+LABEL_NODES = 2**13
 Decoded = Bool[np.ndarray, "rows labels"] | None
 
 
@@ -32,6 +38,9 @@ class Neural:
         widths: bucket widths.
         graph: [L, L] label graph or None.
 
+    Attributes:
+        graph: as the model is given it.
+
     Raises:
         DeviceError: the devices do not divide the batch.
     """
@@ -42,13 +51,23 @@ class Neural:
         self._devices = Devices.local(config.eval.batch_size, limit, precision)
         self._batch_size, self._widths = config.eval.batch_size, widths
         self._workers = config.data.workers
-        self._graph, self._seed, self._meta = graph, config.seed, meta
+        self._seed, self._meta = config.seed, meta
+        self.graph = neighbours.as_argument(graph)
         self._encoder = config.model.encoder
         self.model = models.create_model(config, meta)
 
         def step(variables, batch, graph):
-            outputs = self.model.apply(variables, model_inputs(batch), graph)
-            return jax.nn.sigmoid(outputs.logits), outputs.decoded
+            def score(inputs):
+                outputs = self.model.apply(variables, inputs, graph)
+                return jax.nn.sigmoid(outputs.logits), outputs.decoded
+
+            inputs = model_inputs(batch)
+            rows = len(next(iter(inputs.values())))
+            parts = num_parts(config.model.name, rows, len(meta.label_vectors))
+            if parts == 1:
+                return score(inputs)
+            scored = jax.lax.map(score, cut(inputs, parts))
+            return jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), scored)
 
         self._step = self._devices.compile(step)
 
@@ -77,9 +96,7 @@ class Neural:
 
     def predict(
         self, variables: PyTree, inputs: pipeline.Inputs
-    ) -> tuple[
-        Float[np.ndarray, "rows labels"], Bool[np.ndarray, "rows labels"] | None
-    ]:
+    ) -> tuple[Scores, Decoded]:
         """Scores, and the labels that the model itself decodes, if it does."""
         variables = self._devices.replicate(variables)
         plan = pipeline.plan_batches(inputs.lengths, self._batch_size, self._widths)
@@ -87,7 +104,7 @@ class Neural:
         source = pipeline.Batches(inputs, plan, None)
         batches = pipeline.stream(source, workers=self._workers)
         for rows, batch in zip(plan.rows, batches, strict=True):
-            out = self._step(variables, self._devices.shard(batch), self._graph)
+            out = self._step(variables, self._devices.shard(batch), self.graph)
             for i, array in enumerate(out):
                 if array is None:
                     continue
@@ -98,6 +115,39 @@ class Neural:
         if results[0] is None:
             return np.empty((0, 0), np.float32), None
         return results[0].astype(np.float32), results[1]
+
+
+def num_parts(name: str, rows: int, labels: int) -> int:
+    """In how many parts a model computes the rows of a batch, so that they fit.
+
+    The least that divides them and leaves LABEL_NODES nodes, or two rows (one, where
+    their number is odd).  Models without a node for every label of a row do not need
+    it.
+    """
+    if name not in models.LABEL_NODES:
+        return 1
+    fewest = 2 if rows % 2 == 0 else 1
+    most = min(max(LABEL_NODES // labels, fewest), rows)
+    return rows // max(r for r in range(1, most + 1) if rows % r == 0)
+
+
+def cut(batch: PyTree, parts: int) -> PyTree:
+    """Arrays [B, ...] -> [parts, B / parts, ...]."""
+    return jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+
+
+def summed(function: Callable, batch: PyTree, parts: int) -> PyTree:
+    """The sum of function(part) over the parts of a batch, one after the other."""
+    if parts == 1:
+        return function(batch)
+
+    def add(sums, part):
+        return jax.tree.map(jnp.add, sums, function(part)), None
+
+    cuts = cut(batch, parts)
+    like = jax.eval_shape(function, jax.tree.map(lambda x: x[0], cuts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    return jax.lax.scan(add, zeros, cuts)[0]
 
 
 def model_inputs(batch: dict) -> dict:
@@ -153,16 +203,58 @@ class Fitted:
 
     def predict(
         self, params: PyTree, inputs: pipeline.Inputs
-    ) -> tuple[
-        Float[np.ndarray, "rows labels"], Bool[np.ndarray, "rows labels"] | None
-    ]:
+    ) -> tuple[Scores, Decoded]:
         """Scores, and the labels that the model itself decodes, if it does."""
         scores = self.scores(params, inputs)
         return scores, scores > 0.5 if self._decodes else None
 
 
-def create(config, meta: models.Meta, widths: list[int], graph) -> Neural | Fitted:
+class Mixture:
+    """A weighted mean of the scores of other systems.
+
+    Its variables are {"weights": {name: []}, "members": {name: variables}}.
+
+    Args:
+        config: validated.
+        meta, widths, graph: of each member, see `Neural`.
+
+    Attributes:
+        members: name -> system.
+        like: None, those of the members are in the file.
+    """
+
+    like = None
+
+    def __init__(self, config, meta: models.Meta, widths: list[int], graph):
+        self.members = {
+            name: create(config_lib.member(config, name), meta, widths, graph)
+            for name in config_lib.members(config)
+        }
+
+    def scores(self, variables: PyTree, inputs: pipeline.Inputs) -> Scores:
+        """float32 [N, L], in the order of `inputs`."""
+        weights = {name: float(w) for name, w in variables["weights"].items()}
+        count = {name: w for name, w in weights.items() if w}
+        scores = [
+            self.members[name].scores(variables["members"][name], inputs)
+            for name in count
+        ]
+        return mixture.mixed(scores, list(count.values()))
+
+    def predict(
+        self, variables: PyTree, inputs: pipeline.Inputs
+    ) -> tuple[Scores, Decoded]:
+        """Scores; a mixture decodes nothing itself."""
+        return self.scores(variables, inputs), None
+
+
+System = Neural | Fitted | Mixture
+
+
+def create(config, meta: models.Meta, widths: list[int], graph) -> System:
     """The system that config.model names."""
+    if config.model.name == "mixture":
+        return Mixture(config, meta, widths, graph)
     if config.model.name in models.MODELS:
         return Neural(config, meta, widths, graph)
     return Fitted(config, meta)

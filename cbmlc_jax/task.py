@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import scipy.sparse
 
 from cbmlc_jax import backbones, embeddings, noise, repair, rngs
 from cbmlc_jax import config as config_lib
@@ -42,7 +43,7 @@ class Task:
         meta: what the model has to know of the data.
         embeddings: source, width and coverage for the result row; None for models
             without word vectors.
-        graph: [L, L] label graph or None.
+        graph: [L, L] label graph, bool or weights; or None.
         widths: bucket widths of the batches.
     """
 
@@ -59,17 +60,21 @@ class Task:
     prior: np.ndarray
     meta: Meta
     embeddings: dict[str, object] | None
-    graph: np.ndarray | None
+    graph: scipy.sparse.csr_array | None
     widths: list[int]
 
 
-def build(config) -> Task:
+def build(config, dataset: pipeline.Dataset | None = None) -> Task:
     """Reads the data, draws noise and split, looks up the word vectors.
+
+    Args:
+        config: validated.
+        dataset: stands for what the config names, where it is at hand.
 
     Raises:
         DataError, EmbeddingError, WeightsError: see there.
     """
-    dataset = load(config)
+    dataset = dataset or load(config)
     config = config_lib.settled(config, dataset.kind)
     inputs, test = model_inputs(config, dataset.train.inputs, dataset.test.inputs)
     test = dataclasses.replace(dataset.test, inputs=test)
@@ -212,7 +217,7 @@ def vocabulary(config, dataset: pipeline.Dataset) -> embeddings.Vocabulary:
 
 def _label_vectors(config, dataset) -> tuple[np.ndarray, dict | None]:
     """Word vectors [L, P] and what was found; [L, 1] zeros for models without."""
-    if config.model.name not in READS_LABEL_VECTORS:
+    if not set(config_lib.members(config)) & set(READS_LABEL_VECTORS):
         return np.zeros((len(dataset.label_names), 1), np.float32), None
     known = vocabulary(config, dataset)
     vectors, coverage = embeddings.label_vectors(dataset.label_texts, known)
@@ -231,10 +236,10 @@ def _on_rows(config, whole: tuple, train_rows, validation_rows) -> Task:
         "train": noise.realised(clean[train_rows], noisy[train_rows]),
         "validation": noise.realised(clean[validation_rows], noisy[validation_rows]),
     }
-    ignored = dataset.train.ignored
 
     def split(labels: np.ndarray, rows: np.ndarray) -> pipeline.Split:
-        return pipeline.Split(inputs, labels, ignored).take(rows)
+        whole = dataclasses.replace(dataset.train, inputs=inputs, labels=labels)
+        return whole.take(rows)
 
     train = split(noisy, train_rows)
     if repaired is not None:
@@ -249,7 +254,7 @@ def _on_rows(config, whole: tuple, train_rows, validation_rows) -> Task:
         validation=split(seen, validation_rows),
         validation_clean=clean[validation_rows],
         test=test,
-        rates=Rates(realised["train"].p01, realised["train"].p10, "known"),
+        rates=_rates(config, realised["train"]),
         realised=realised,
         prior=noisy[train_rows].mean(0),
         meta=Meta(
@@ -273,7 +278,14 @@ def _repaired(train: pipeline.Split, targets: np.ndarray, how: str) -> pipeline.
     if train.ignored is not None:
         labels = np.where(train.ignored, 0, labels).astype(labels.dtype)
         dropped |= train.ignored
-    return pipeline.Split(train.inputs, labels, dropped if dropped.any() else None)
+    ignored = dropped if dropped.any() else None
+    return dataclasses.replace(train, labels=labels, ignored=ignored)
+
+
+def _rates(config, realised: noise.Realised) -> Rates:
+    if config.noise.r0 is not None:
+        return Rates(config.noise.r0, config.noise.r1, "given")
+    return Rates(realised.p01, realised.p10, "known")
 
 
 def _input_meta(inputs: pipeline.Inputs, feature_names: tuple[str, ...]) -> dict:
@@ -294,10 +306,14 @@ def _input_meta(inputs: pipeline.Inputs, feature_names: tuple[str, ...]) -> dict
     return meta
 
 
-def _graph(config, labels: np.ndarray, names: tuple[str, ...]) -> np.ndarray | None:
+def _graph(
+    config, labels: np.ndarray, names: tuple[str, ...]
+) -> scipy.sparse.csr_array | None:
     """The label graph, learnt from the labels that are trained on alone."""
     kind, file = config.model.label_graph, config.model.label_graph_file
     if kind == "correlation":
         settings = config.ml_gcn
-        return correlation_adjacency(labels, settings.threshold, settings.weight)
+        return scipy.sparse.csr_array(
+            correlation_adjacency(labels, settings.threshold, settings.weight)
+        )
     return pipeline.label_graph(kind, labels, names, file)

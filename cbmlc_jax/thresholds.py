@@ -35,7 +35,8 @@ class Rates:
     Attributes:
         r0: P(0->1), the share of negatives that were turned on.
         r1: P(1->0), the share of positives that were turned off.
-        source: "known" (realised by the injector) or "estimated".
+        source: "known" (realised by the injector), "given" (by the user, in
+            config.noise.r0 and r1) or "estimated".
         doubt: why an estimate is not to be used; "" where it is.
     """
 
@@ -64,7 +65,7 @@ class Rates:
         )
 
 
-def _above(
+def above(
     scores: Float[np.ndarray, "rows labels"],
     weights: Float[np.ndarray, "rows labels"] | None,
     axis: int,
@@ -97,8 +98,8 @@ def f1_curves(
         grid: [T], ascending.
     """
     true = (labels != 0).astype(np.float64)
-    predicted, hits = (_above(scores, w, 0, grid) for w in (None, true))
-    row_predicted, row_hits = (_above(scores, w, 1, grid) for w in (None, true))
+    predicted, hits = (above(scores, w, 0, grid) for w in (None, true))
+    row_predicted, row_hits = (above(scores, w, 1, grid) for w in (None, true))
     positives, row_positives = true.sum(0), true.sum(1)
     curves: dict[str, list[float]] = {name: [] for name in metrics.F1_NAMES}
     for t in range(len(grid)):
@@ -138,11 +139,11 @@ def _corrected(scores, noisy, prior, rates, grid) -> _Corrected:
     clean = (noisy - rates.r0) / rates.information
     share = np.clip((prior - rates.r0) / rates.information, 0, 1)
     return _Corrected(
-        hits=_above(scores, clean, 0, grid),
-        predicted=_above(scores, None, 0, grid),
+        hits=above(scores, clean, 0, grid),
+        predicted=above(scores, None, 0, grid),
         positives=len(scores) * share,
-        row_hits=_above(scores, clean, 1, grid),
-        row_predicted=_above(scores, None, 1, grid),
+        row_hits=above(scores, clean, 1, grid),
+        row_predicted=above(scores, None, 1, grid),
     )
 
 

@@ -59,6 +59,7 @@ def element_losses(
     epoch: Array,
     rates: Rates,
     gather: Callable,
+    added: Array | None = None,
 ) -> Array:
     """The loss of config.loss, element by element, [B, L].
 
@@ -69,10 +70,14 @@ def element_losses(
         epoch: int32 [], from 1, for the losses that change their mind about labels.
         rates: noise rates of the training labels, for `forward`.
         gather: an array of this device -> those of all devices, for `large_loss`.
+        added: [B] rates of the rows; `forward` then takes them for r0 and 0 for r1, so
+            that p is the probability of a label that holds and was kept.
     """
     if settings.name == "bce":
         return losses.bce(logits, labels)
     if settings.name == "forward":
+        if added is not None:
+            return losses.forward(logits, labels, added[:, None], 0.0)
         return losses.forward(logits, labels, rates.r0, rates.r1)
     if settings.name == "large_loss":
         share = losses.large_loss_share(epoch, settings.rejected_per_epoch)
@@ -111,7 +116,8 @@ def make_train_step(
         + lambda context_penalty
 
     or, for a model with an objective of its own, sum_i loss_i [divided by the valid
-    rows].
+    rows].  Where rows have a weight w_i, each loss_i is w_i loss_i, and "valid rows" is
+    the sum of their weights.
 
     Args:
         model: linen module that returns `models.Outputs`.
@@ -140,17 +146,30 @@ def make_train_step(
             mutable=["batch_stats"],
         )
         stats = changed.get("batch_stats", {})
+        weight_of_row = batch.get("sample_weight")
         if outputs.loss is not None:
-            return jnp.sum(jnp.where(batch["mask"], outputs.loss, 0.0)), stats
+            loss = outputs.loss
+            if weight_of_row is not None:
+                loss *= weight_of_row
+            return jnp.sum(jnp.where(batch["mask"], loss, 0.0)), stats
         labels = batch["labels"].astype(outputs.logits.dtype)
 
         def summed(logits):
             mask, epoch = batch["mask"], step // steps_per_epoch + 1
             element = element_losses(
-                settings, logits, labels, mask, epoch, rates, gather
+                settings,
+                logits,
+                labels,
+                mask,
+                epoch,
+                rates,
+                gather,
+                batch.get("added"),
             )
             if "ignored" in batch:
                 element = jnp.where(batch["ignored"], 0.0, element)
+            if weight_of_row is not None:
+                element *= weight_of_row[:, None]
             return losses.total(element, mask)
 
         loss = summed(outputs.logits)
@@ -164,13 +183,20 @@ def make_train_step(
         return settings.cb_weight * penalty
 
     def step(state: TrainState, batch, constants):
-        (loss, stats), grads = jax.value_and_grad(data_loss, has_aux=True)(
-            state.params, state.stats, batch, constants["graph"], state.step
-        )
+        def gradient(batch):
+            return jax.value_and_grad(data_loss, has_aux=True)(
+                state.params, state.stats, batch, constants["graph"], state.step
+            )
+
+        parts = systems.num_parts(config.model.name, *batch["labels"].shape)
+        if state.stats or settings.name == "large_loss":
+            parts = 1  # they look at all rows of a batch together
+        (loss, stats), grads = systems.summed(gradient, batch, parts)
         examples = jnp.sum(batch["mask"])
-        loss, grads, examples = total((loss, grads, examples), axis)
+        rows = jnp.sum(batch["sample_weight"]) if "sample_weight" in batch else examples
+        loss, grads, examples, rows = total((loss, grads, examples, rows), axis)
         if settings.reduction == "mean":
-            terms = jnp.maximum(examples, 1)
+            terms = jnp.where(rows > 0, rows, 1)
             if config.model.name not in OWN_OBJECTIVE:
                 terms *= batch["labels"].shape[-1]
             loss, grads = jax.tree.map(lambda x: x / terms, (loss, grads))
@@ -278,7 +304,8 @@ def fit(run: run_lib.Run, store: checkpoints.Checkpoints) -> list[dict]:
 
     state, history = _start(run, store)
     config, task, devices = run.config, run.task, run.system.train_devices
-    if config.loss.name == "forward" and not task.rates.usable:
+    by_rate = config.loss.name == "forward" and not config.noise.by_row
+    if by_rate and not task.rates.usable:
         raise run_lib.RunError(
             f"{task.rates.reason}: choose another config.loss.name than forward"
         )
@@ -294,10 +321,10 @@ def fit(run: run_lib.Run, store: checkpoints.Checkpoints) -> list[dict]:
         ),
         donate=True,
     )
-    constants = {"graph": task.graph, "word_vectors": task.meta.label_vectors}
+    constants = {"graph": run.system.graph, "word_vectors": task.meta.label_vectors}
     done, epochs = len(history), run.last_epoch
     source = pipeline.Epochs(
-        task.train,
+        run.training,
         config.train.batch_size,
         task.widths,
         config.seed,

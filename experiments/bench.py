@@ -5,9 +5,11 @@
     python -m experiments.bench --case=labels-983 --config.train.batch_size=8
 
 Cases: the name of a file in configs/ (its step on its real batches), labels-N and
-tokens-N (the same step on made-up rows with N labels, or N tokens each), evaluate (the
-test rows of --config), startup, first-step.  `--config` and `--config.KEY=VALUE` are as
-in cbmlc_jax.main.  It is a benchmark: it has no opinion about its numbers.
+tokens-N (the same step on made-up rows with N labels, or N tokens each, or both:
+labels-N-tokens-N), edges-N (as labels-N, on a graph of about 20 neighbours a label),
+evaluate (the test rows of --config), startup, first-step.  `--config` and
+`--config.KEY=VALUE` are as in cbmlc_jax.main.  It is a benchmark: it has no opinion
+about its numbers.
 
 Keys of a step's line:
 
@@ -36,6 +38,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -44,6 +47,7 @@ from collections.abc import Iterator
 
 import jax.numpy as jnp
 import numpy as np
+import scipy.sparse
 from absl import app, flags, logging
 from ml_collections import config_flags
 
@@ -54,7 +58,8 @@ from cbmlc_jax.data import pipeline
 from experiments import measure, peers
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-GROWTH = ("labels", "tokens")
+# Made-up rows: so many tokens, labels; so many neighbours a label beside itself.
+TOKENS, LABELS, NEIGHBOURS = 64, 159, 20
 
 
 def define_flags() -> None:
@@ -78,22 +83,25 @@ def _config_path(case: str) -> str:
     return os.path.join(ROOT, "configs", f"{case}.py")
 
 
-def _growth(case: str) -> tuple[str, int] | None:
-    """("labels", 983) of labels-983; None for the other cases."""
-    kind, _, number = case.partition("-")
-    return (kind, int(number)) if kind in GROWTH and number.isdecimal() else None
+def _growth(case: str) -> tuple[int, int, bool] | None:
+    """Labels, tokens and whether on a graph, of labels-983; None for other cases."""
+    pattern = r"(?:(labels|edges)-(\d+))?(?:(?:^|-)tokens-(\d+))?"
+    found = re.fullmatch(pattern, case)
+    if not case or not found:
+        return None
+    kind, labels, tokens = found.groups()
+    return int(labels or LABELS), int(tokens or TOKENS), kind == "edges"
 
 
-def grown(config, kind: str, number: int) -> task_lib.Task:
+def grown(config, labels: int, tokens: int, edges: bool) -> task_lib.Task:
     """Made-up rows of equal length for the growth cases, in the clothes of a task.
 
     Args:
         config: gives batch size and seed; its data set is not read.
-        kind: "labels" (rows of 64 tokens) or "tokens" (159 labels).
-        number: of labels, or of tokens in a row.
+        labels, tokens: L, and tokens in a row.
+        edges: on a graph of NEIGHBOURS edges a label at random; else on all pairs.
     """
     random = rngs.generator(config.seed, "bench")
-    labels, tokens = (number, 64) if kind == "labels" else (159, number)
     rows, features = 4 * config.train.batch_size, max(2000, tokens)
     ids = [random.permutation(features)[:tokens] for _ in range(rows)]
     present = (random.random((rows, labels)) < 3 / labels).astype(np.uint8)
@@ -105,7 +113,19 @@ def grown(config, kind: str, number: int) -> task_lib.Task:
         train=pipeline.Split(pipeline.Ragged.from_rows(ids), present),
         meta=models.Meta(features, vectors, present.sum(0), labels),
         widths=[-(-tokens // 8) * 8],
+        graph=_ring(random, labels) if edges else None,
     )
+
+
+def _ring(random: np.random.Generator, labels: int) -> scipy.sparse.csr_array:
+    """Symmetric edges: itself, and those beside a label in NEIGHBOURS / 2 orders."""
+    pairs = [np.tile(np.arange(labels), (2, 1))]
+    for _ in range(NEIGHBOURS // 2):
+        order = random.permutation(labels)
+        pairs += [np.stack([order, np.roll(order, 1)])]
+    ends = np.concatenate(pairs + [x[::-1] for x in pairs], 1)
+    values = np.ones(ends.shape[1], bool)
+    return scipy.sparse.csr_array((values, ends), (labels, labels), dtype=bool)
 
 
 def _data(case: str, config) -> task_lib.Task:
@@ -319,7 +339,7 @@ def main(argv: list[str]) -> None:
     else:
         raise config_lib.ConfigError(
             f"--case={case} is none: a file of configs/ without its .py, labels-N, "
-            "tokens-N, evaluate, startup or first-step"
+            "edges-N, tokens-N, evaluate, startup or first-step"
         )
     for line in lines:
         print(json.dumps({k: _short(v) for k, v in line.items()}), flush=True)

@@ -12,12 +12,15 @@ import numpy as np
 from cbmlc_jax import config as config_lib
 from cbmlc_jax import models, systems, task, train
 from cbmlc_jax.data import pipeline
+from cbmlc_jax.models.neighbours import Neighbours
 
 # (m, k, n) of the products of the peak: square ones, and one of a layer's shape.
 GEMMS = ((1024, 1024, 1024), (2048, 2048, 2048), (4096, 4096, 4096), (8192, 1024, 1024))
 
 
-def matmul_flops(config, lengths: np.ndarray, meta: models.Meta) -> float:
+def matmul_flops(
+    config, lengths: np.ndarray, meta: models.Meta, edges: int | None = None
+) -> float:
     """Useful floating point operations of the matrix products of one training step.
 
     2 m k n for [m, k] x [k, n], three times for the forward and the backward pass;
@@ -33,6 +36,7 @@ def matmul_flops(config, lengths: np.ndarray, meta: models.Meta) -> float:
         config: of a model made of a token encoder and the label graph decoder.
         lengths: [B] tokens in each row.
         meta: of the data.
+        edges: of a label graph that is computed by lists, instead of the L^2.
     """
     settings = config.model
     d, f, blocks = settings.width, settings.ffn_width, settings.num_blocks
@@ -49,7 +53,8 @@ def matmul_flops(config, lengths: np.ndarray, meta: models.Meta) -> float:
         + 4 * labels * tokens * d
         + rows * labels * ffn
     )
-    agree = blocks * rows * labels * (8 * d**2 + 4 * labels * d + ffn)
+    pairs = labels**2 if edges is None else edges
+    agree = blocks * rows * (labels * (8 * d**2 + ffn) + 4 * pairs * d)
     vectors_map = 2 * labels * vectors * d if vectors != d else 0
     decoder = cross + 2 * queries * d**2 + agree + vectors_map
     return 3.0 * (settings.encoder.layers * encoder + decoder)
@@ -123,8 +128,10 @@ class Ours:
             start = time.perf_counter()
             self.batches.append(next(stream))
             self.data_seconds.append(time.perf_counter() - start)
+        lists = isinstance(self.system.graph, Neighbours)
+        edges = data.graph.nnz if lists else None
         self.flops = [
-            matmul_flops(config, (b["tokens"] > 0).sum(1)[b["mask"]], data.meta)
+            matmul_flops(config, (b["tokens"] > 0).sum(1)[b["mask"]], data.meta, edges)
             for b in self.batches
         ]
         self.variables = self.system.init()
@@ -146,11 +153,16 @@ class Ours:
         state = train.TrainState(step, params, stats, tx.init(params))
         self._state = self._devices.replicate(jax.tree.map(jnp.copy, state))
         self._constants = {
-            "graph": data.graph,
+            "graph": self.system.graph,
             "word_vectors": data.meta.label_vectors,
         }
         self._compiled: dict = {}
         self.compile_seconds, self.temporary_mb = 0.0, 0.0
+
+    @property
+    def params(self):
+        """After the steps so far."""
+        return self._devices.first(self._state).params
 
     def width(self, number: int) -> int:
         """Padded length of a batch: one shape to compile."""

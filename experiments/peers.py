@@ -206,14 +206,14 @@ def parity(config, data: task.Task, variables, batch: dict, peer: dict) -> float
     )
     params = variables["params"]
     state = train.TrainState(jnp.zeros((), jnp.int32), params, {}, tx.init(params))
-    constants = {"graph": data.graph, "word_vectors": data.meta.label_vectors}
+    constants = {"graph": system.graph, "word_vectors": data.meta.label_vectors}
     after, first = step(state, batch, constants)
     _, second = step(after, batch, constants)
     norm = optax.global_norm(after.opt_state[0].trace)
     outputs = system.model.apply(
         variables,
         systems.model_inputs(batch),
-        data.graph,
+        system.graph,
         batch["rows"],
         rngs={"dropout": rngs.stream(config.seed, "dropout")},
     )

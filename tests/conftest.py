@@ -34,6 +34,12 @@ hypothesis.settings.load_profile("cbmlc_jax")
 
 
 @pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
 def pictures(tmp_path):
     """Seven images of noise, each of its own size, as inputs of side 32."""
     import numpy as np

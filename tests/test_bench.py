@@ -13,7 +13,7 @@ from running import ROOT, environment, tiny_config
 from cbmlc_jax import config as config_lib
 from cbmlc_jax import systems, task
 from cbmlc_jax.data import pipeline
-from cbmlc_jax.models import ops
+from cbmlc_jax.models import attention
 from experiments import bench, measure, peers
 
 
@@ -37,16 +37,16 @@ def products(jaxpr) -> float:
     return total
 
 
-@pytest.mark.parametrize("attention", [True, False])
-def test_counted_products_are_those_of_the_program(attention, monkeypatch):
-    monkeypatch.setattr(ops, "_LANES", 1)  # labels are padded otherwise
+@pytest.mark.parametrize("self_attention", [True, False])
+def test_counted_products_are_those_of_the_program(self_attention, monkeypatch):
+    monkeypatch.setattr(attention, "LANES", 1)  # labels are padded otherwise
     config = tiny_config(
         **{
             "model.width": 24,
             "model.ffn_width": 20,
             "model.num_blocks": 3,
             "model.encoder.layers": 2,
-            "model.encoder.self_attention": attention,
+            "model.encoder.self_attention": self_attention,
         }
     )
     data = task.build(config)
@@ -99,7 +99,7 @@ def test_a_line_of_a_made_up_case():
     (line,) = [json.loads(x) for x in done.stdout.splitlines()]
     assert line["case"] == "labels-7" and line["steps"] == 3
     config = tiny_config(**flags)
-    data = bench.grown(config, "labels", 7)
+    data = bench.grown(config, 7, 64, False)
     assert data.train.labels.shape == (16, 7)
     wanted = measure.matmul_flops(config, np.full(4, 64), data.meta)
     assert line["flops"] == float(f"{wanted:.4g}")
@@ -162,3 +162,13 @@ def test_peak_of_products(monkeypatch):
     monkeypatch.setattr(measure.time, "perf_counter", lambda: next(ticks))
     # Half a second for each product, on this clock.
     assert measure.gemm_peak(np.float32, 2.0) == 2e-9 * 64 * 32 * 16 / 0.5
+
+
+def test_cases_of_growth():
+    assert bench._growth("labels-983") == (983, 64, False)
+    assert bench._growth("edges-983-tokens-32") == (983, 32, True)
+    assert bench._growth("tokens-512") == (159, 512, False)
+    assert bench._growth("bibtex") is bench._growth("labels-x") is None
+    graph = bench.grown(tiny_config(), 300, 5, True).graph
+    assert (graph != graph.T).nnz == 0 and graph.diagonal().all()
+    assert 19 < graph.nnz / 300 - 1 <= 20

@@ -40,11 +40,25 @@ ALLOWED = PURE | {
     },
     "rates": {"thresholds"},
     "evaluate": {"metrics", "thresholds"},
+    "decision": set(),
+    "validation": {"evaluate", "files", "thresholds"},
+    "calibration": {"decision", "thresholds"},
+    "rules": {"calibration", "decision", "evaluate", "thresholds"},
     "details": {"metrics", "thresholds"},
     "files": set(),
     "weights": set(),
     "backbones": {"data", "files", "models", "parallel", "weights"},
-    "systems": {"backbones", "data", "models", "parallel", "rngs"},
+    "mixture": set(),
+    "row_noise": set(),
+    "systems": {
+        "backbones",
+        "config",
+        "data",
+        "mixture",
+        "models",
+        "parallel",
+        "rngs",
+    },
     "results": {"config", "metrics", "task", "thresholds"},
     "reading": {"data"},
     "run": {
@@ -59,13 +73,18 @@ ALLOWED = PURE | {
         "rates",
         "results",
         "rngs",
+        "row_noise",
         "systems",
         "task",
         "thresholds",
+        "validation",
     },
     "fit": {
         "checkpoints",
+        "config",
+        "evaluate",
         "files",
+        "mixture",
         "models",
         "rngs",
         "run",
@@ -88,18 +107,21 @@ ALLOWED = PURE | {
         "thresholds",
     },
     "predict": {
+        "calibration",
         "config",
         "data",
+        "decision",
         "files",
         "models",
         "reading",
+        "rules",
         "run",
         "systems",
         "task",
-        "thresholds",
+        "validation",
     },
     "describe": {"config", "data", "embeddings", "files", "run", "task"},
-    "issues": {"rates", "thresholds"},
+    "issues": {"rates", "row_noise", "thresholds"},
     "repair": {"data", "files", "issues"},
     "page": {"data", "issues"},
     "audit": {
@@ -113,11 +135,38 @@ ALLOWED = PURE | {
         "run",
         "task",
     },
+    "run_files": {"files", "run"},
+    "targets": {"data"},
+    "classifier": {
+        "config",
+        "data",
+        "fit",
+        "predict",
+        "rules",
+        "run",
+        "run_files",
+        "targets",
+        "thresholds",
+    },
+    "estimators": {"classifier"},
+    "artefact": {"data"},
+    "serving": {"artefact", "data", "decision"},
+    "export": {
+        "artefact",
+        "decision",
+        "files",
+        "models",
+        "predict",
+        "results",
+        "rules",
+        "run",
+    },
     "main": {
         "audit",
         "config",
         "describe",
         "errors",
+        "export",
         "fit",
         "parallel",
         "predict",
@@ -182,6 +231,13 @@ def test_readme_commands_parse():
         if words[:3] == ["python", "-m", "experiments.sweep"]:
             listed = [sys.executable, *words[1:], "--dry_run"]
             subprocess.run(listed, cwd=running.ROOT, check=True, capture_output=True)
+            continue
+        if words[:3] == ["python", "-m", "cbmlc_jax.serving"]:
+            command = [sys.executable, *words[1:], "--artefact=no-such"]
+            done = subprocess.run(
+                command, cwd=running.ROOT, capture_output=True, text=True
+            )
+            running.assert_one_sentence(done, "no-such is no artefact")
             continue
         assert words[:3] == ["python", "-m", "cbmlc_jax.main"], command
         # A workdir without a run stops after the flags and the config were read.

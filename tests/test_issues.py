@@ -53,7 +53,7 @@ def test_planted_flips_are_found_and_counted(kind, rate):
     ours, theirs = precision(found.wrong, wrong), precision(plain, wrong)
     assert found.related
     assert ours[0] > theirs[0] + 0.05 and ours[1] > theirs[1] + 0.05, (ours, theirs)
-    assert abs(found.expected / wrong.sum() - 1) < 0.2
+    assert abs(found.expected / wrong.sum() - 1) < 0.25
     assert wrong[found.doubtful].mean() > 0.6
     if kind == "nar":  # estimated rates are good enough to keep this
         blind = precision(find_label_issues(labels, scores).wrong, wrong)
@@ -136,3 +136,21 @@ def test_it_is_at_hand_in_the_package():
     assert cbmlc_jax.find_label_issues is find_label_issues
     with pytest.raises(AttributeError, match="no attribute 'find_labels'"):
         _ = cbmlc_jax.find_labels
+
+
+def test_rows_of_a_careless_annotator_stand_first():
+    """A third of the rows has a tenth of the labels wrong, the others none."""
+    rng = np.random.default_rng(0)
+    truth = rng.beta(0.2, 6.0, (1500, 60))
+    clean = rng.random(truth.shape) < truth
+    careless = np.arange(1500) % 3 == 0
+    wrong = careless[:, None] & (rng.random(truth.shape) < 0.1)
+    labels = (clean ^ wrong).astype(np.uint8)
+    realised = noise.realised(clean.astype(np.uint8), labels)
+    rates = realised.p01, realised.p10
+    scores = (truth + (1 - 2 * truth) * wrong.mean()).astype(np.float32)
+    found = find_label_issues(labels, scores, rates)
+    at_n, average = precision(found.wrong, wrong)
+    plain = precision(np.abs(labels - scores), wrong)
+    assert at_n > plain[0] + 0.05 and average > plain[1] + 0.03, (at_n, average, plain)
+    assert wrong[found.doubtful].mean() > 0.8

@@ -21,12 +21,6 @@ GOLDEN = pathlib.Path(__file__).parent / "golden" / "cbmlc.npz"
 CASES = ("full", "square", "tied")
 
 
-@pytest.fixture
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
 def golden_case(name: str) -> dict[str, np.ndarray]:
     with np.load(GOLDEN) as file:
         prefix = name + "/"

@@ -156,15 +156,16 @@ def test_label_graphs(tmp_path):
     names = ("a", "b", "c", "d e")
     assert pipeline.label_graph("complete", labels, names) is None
     np.testing.assert_array_equal(
-        pipeline.label_graph("self", labels, names), np.eye(4, dtype=bool)
+        pipeline.label_graph("self", labels, names).toarray(), np.eye(4, dtype=bool)
     )
     chain = np.array([[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 0, 1]], bool)
     np.testing.assert_array_equal(
-        pipeline.label_graph("cooccurrence", labels, names), chain
+        pipeline.label_graph("cooccurrence", labels, names).toarray(), chain
     )
     file = tmp_path / "edges.tsv"
     file.write_text("a\td e\n\nb\tc\n")
-    graph = pipeline.label_graph("file", labels, names, str(file))
+    graph = pipeline.label_graph("file", labels, names, str(file)).toarray()
+    assert graph.dtype == bool
     assert np.argwhere(np.triu(graph, 1)).tolist() == [[0, 3], [1, 2]]
     np.testing.assert_array_equal(graph, graph.T)
     assert graph.diagonal().all()

@@ -15,6 +15,7 @@ from cbmlc_jax import run as run_lib
 from cbmlc_jax import task as task_lib
 from cbmlc_jax.data import pipeline, synthetic
 from cbmlc_jax.data.dataset import UNKNOWN, DataError
+from cbmlc_jax.rules import Rule, RuleError
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def test_every_form_of_input_gives_the_scores_of_the_evaluation(
         str(trained),
     )
     predictor = predict.Predictor(str(trained))
-    expected = run.system.scores(predictor._params, task.test.inputs.take(np.arange(7)))
+    expected = run.system.scores(predictor.params, task.test.inputs.take(np.arange(7)))
     [row] = files.read_jsonl(str(trained / "results.jsonl"))
     threshold = row["thresholds"]["corrected_val"]["miF1"]
     for form in ("ids", "words", "arff"):
@@ -109,16 +110,18 @@ def test_every_form_of_input_gives_the_scores_of_the_evaluation(
 
 def test_thresholds_and_top_k(trained, task, tmp_path):
     source = write(tmp_path / "a.jsonl", [{"features": r} for r in rows_of(task)])
-    everything = predicted(trained, source, tmp_path, threshold=0.0)
+    everything = predicted(trained, source, tmp_path, rule=Rule(threshold=0.0))
     assert all(len(r["labels"]) == 40 for r in everything)
-    nothing = predicted(trained, source, tmp_path, threshold=1.0, top_k=3)
+    none = Rule(threshold=1.0)
+    nothing = predicted(trained, source, tmp_path, rule=none, top_k=3)
     for full, best in zip(everything, nothing, strict=True):
         assert best["labels"] == []
         assert list(best["scores"].items()) == list(full["scores"].items())[:3]
     [row] = files.read_jsonl(str(trained / "results.jsonl"))
     for protocol in thresholds.PROTOCOLS:
         for metric, value in row["thresholds"][protocol].items():
-            assert predict.choose_threshold(str(trained), protocol, metric) == value
+            rule = Rule(protocol=protocol, metric=metric)
+            assert predict.choose(str(trained), rule).threshold == value
 
 
 def test_auto_threshold_warns_where_the_rates_leave_nothing(trained, tmp_path):
@@ -127,12 +130,14 @@ def test_auto_threshold_warns_where_the_rates_leave_nothing(trained, tmp_path):
     row["thresholds"]["noisy_val"]["miF1"] = 0.123
     files.write_jsonl(str(tmp_path / "results.jsonl"), [row])
     with pytest.warns(UserWarning, match="noisy_val"):
-        assert predict.choose_threshold(str(tmp_path), "auto", "miF1") == 0.123
+        assert predict.choose(str(tmp_path), Rule()).threshold == 0.123
 
 
 def test_an_unfinished_run_has_no_threshold(tmp_path):
-    with pytest.raises(run_lib.RunError, match="give --threshold"):
-        predict.choose_threshold(str(tmp_path), "auto", "miF1")
+    for rule in (Rule(), Rule(per_label=True)):
+        with pytest.raises(RuleError, match="give --threshold"):
+            predict.choose(str(tmp_path), rule)
+    assert predict.choose(str(tmp_path), Rule(threshold=0.4)).threshold == 0.4
 
 
 @pytest.mark.parametrize(

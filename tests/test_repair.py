@@ -116,7 +116,7 @@ def test_dropped_entries_count_in_no_fit_and_no_vote():
     ignored = np.zeros((80, 2), bool)
     ignored[::3, 0] = True
     model = LogisticRegression(1.0)
-    found = model.fit(rows, np.where(ignored, 1 - labels, labels), ignored)
+    found = model.fit(rows, np.where(ignored, 1 - labels, labels), ignored=ignored)
     scale = {"mean": rows.mean(0), "deviation": rows.std(0)}
     kept = rows[~ignored[:, 0]], labels[~ignored[:, 0], :1]
     # The scale is of all rows; given it, label 0 is fitted on those that are left.
@@ -128,10 +128,11 @@ def test_dropped_entries_count_in_no_fit_and_no_vote():
         ours[:, 1:], model.scores(model.fit(rows, labels), rows)[:, 1:], atol=1e-6
     )
     voter = LRkNN(1.0, 5, 1.0)
-    votes = voter.scores(voter.fit(rows, labels, ignored), rows)
-    theirs = voter.scores(voter.fit(rows, 1 - labels, ignored), rows)
-    # Of those that are known, each votes for 0 or for 1.
-    np.testing.assert_allclose(votes + theirs, 1, atol=1e-5)
+    votes = voter.scores(voter.fit(rows, labels, ignored=ignored), rows)
+    theirs = voter.scores(voter.fit(rows, 1 - labels, ignored=ignored), rows)
+    # Of those that are known, each votes for 0 or for 1; there may be none.
+    total = votes + theirs
+    assert (np.isclose(total, 1) | (total == 0)).all() and np.mean(total > 0) > 0.95
     np.testing.assert_allclose(
         votes[:, 1:], voter.scores(voter.fit(rows, labels), rows)[:, 1:], atol=1e-6
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import time
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import running
@@ -27,11 +29,14 @@ from cbmlc_jax import (
     losses,
     metrics,
     results,
+    systems,
     thresholds,
     train,
 )
 from cbmlc_jax import config as config_lib
 from cbmlc_jax import run as run_lib
+from cbmlc_jax.data import pipeline
+from experiments import measure
 
 
 @pytest.fixture(scope="module")
@@ -459,6 +464,66 @@ def test_two_devices_train_as_one(tmp_path):
         fit.train_and_evaluate(config, str(workdir), "test")
         rows += files.read_jsonl(str(workdir / "metrics.jsonl"))
     assert math.isclose(rows[0]["loss"], rows[1]["loss"], rel_tol=1e-4)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_a_row_of_weight_three_is_three_rows_of_a_step(reduction):
+    config = running.tiny_config(
+        **{"model.dropout": 0.0, "loss.reduction": reduction, "optim.name": "sgd"}
+    )
+    run = run_lib.Run(config, "")
+    tx, rates = train.make_tx(config, 1), run.task.rates
+    step = train.make_train_step(
+        run.system.model, config, tx, None, steps_per_epoch=1, rates=rates
+    )
+    params = run.system.init()["params"]
+    state = train.TrainState(jnp.zeros((), jnp.int32), params, {}, tx.init(params))
+    constants = {"graph": None, "word_vectors": run.task.meta.label_vectors}
+    some = run.task.train.take(np.arange(3))
+    weights = np.array([1, 3, 0], np.float32)
+    weighted = dataclasses.replace(some, sample_weight=weights)
+    after = {}
+    for name, split, rows in (
+        ("weighted", weighted, [0, 1, 2, -1]),
+        ("repeated", some, [0, 1, 1, 1]),
+        ("plain", some, [0, 1, 2, -1]),
+    ):
+        plan = pipeline.Plan(np.array([rows]), [int(some.inputs.lengths.max())])
+        batch = pipeline.Batches(split.inputs, plan, split)[0]
+        assert ("sample_weight" in batch) == (name == "weighted")
+        found, metrics = jax.jit(step)(state, batch, constants)
+        after[name] = jax.tree.leaves((found.params, metrics["loss"]))
+    for one, other in zip(after["weighted"], after["repeated"], strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=1e-6)
+    assert abs(after["plain"][-1] - after["weighted"][-1]) > 1e-4
+
+
+def test_rows_in_parts_train_as_all_at_once(tmp_path, monkeypatch):
+    """Two rows at a time: the same loss, parameters and scores."""
+    config = running.tiny_config(**{"train.batch_size": 8, "train.num_epochs": 1})
+    config.eval.batch_size = 8
+    both = []
+    for nodes in (2 * 40, 8 * 40):
+        monkeypatch.setattr(systems, "LABEL_NODES", nodes)
+        assert systems.num_parts("cbmlc", 8, 40) == 8 * 40 // nodes
+        run = run_lib.Run(config, str(tmp_path))
+        ours = measure.Ours(config, run.task, 2)
+        for number in range(2):
+            ours.compile(number)
+            ours.step(number)
+        scores = run.system.scores(run.system.init(), run.task.test.inputs)
+        both.append((ours.params, scores))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *both
+    )
+
+
+def test_parts_divide_the_rows():
+    parts = [systems.num_parts("cbmlc", rows, 983) for rows in (1, 7, 14, 32, 33)]
+    assert parts == [1, 1, 2, 4, 11]
+    assert systems.num_parts("cbmlc", 32, 30000) == 16
+    assert systems.num_parts("cbmlc", 32, 159) == 1
+    assert systems.num_parts("mpvae", 32, 30000) == 1
 
 
 def test_selection_rules(tmp_path):

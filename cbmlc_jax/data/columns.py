@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cbmlc_jax.data import arff, labelling, reuters, tables
+from cbmlc_jax.data import arff, labelling, tables
 from cbmlc_jax.data.dataset import DataError, Dense, Ragged
 from cbmlc_jax.data.images import Images
+from cbmlc_jax.data.words import tokens
 
 # What a cell of config.data.split_column may say.
 TRAIN, VALIDATION, TEST = range(3)
@@ -189,7 +190,7 @@ class Texts:
 
     def add(self, columns: Columns, row: dict, where: str) -> None:
         """The next row."""
-        found = reuters.tokens(columns.text(row, where))
+        found = tokens(columns.text(row, where))
         words = self._words
         self._ids.extend([words.setdefault(word, len(words)) for word in found])
         self._counts.append(len(found))

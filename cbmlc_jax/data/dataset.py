@@ -6,10 +6,12 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
-import scipy.sparse
+
+if TYPE_CHECKING:
+    import scipy.sparse
 
 # The first feature name of a data set of sequences: ids in order, repeats kept, and
 # this one for every word without a name.  Other data sets are of sets.
@@ -111,6 +113,8 @@ class Ragged:
 
     def matrix(self, num_features: int) -> scipy.sparse.csr_array:
         """float32 [N, num_features]: how often, or how much, each id counts."""
+        import scipy.sparse  # here: serving reads this module, and has numpy alone
+
         weights = self.weights
         if weights is None:
             weights = np.ones(len(self.values), np.float32)
@@ -212,19 +216,34 @@ class Split:
         labels: uint8 [N, L], 0 or 1; in training perhaps float32, in [0, 1].
         ignored: bool [N, L], entries that count neither in training nor in a score
             (their label is 0); None: all count.
+        added: float32 [N], the share of its negatives that noise turned on in each row;
+            None: not known by rows.
+        sample_weight: float32 [N], > 0, the factor of a row in the loss; None: 1.  It
+            counts in the loss alone, in no score.
     """
 
     inputs: Inputs
     labels: np.ndarray
     ignored: np.ndarray | None = None
+    added: np.ndarray | None = None
+    sample_weight: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, rows: np.ndarray) -> Split:
         """The given rows, in the given order."""
-        ignored = None if self.ignored is None else self.ignored[rows]
-        return Split(self.inputs.take(rows), self.labels[rows], ignored)
+
+        def taken(values: np.ndarray | None) -> np.ndarray | None:
+            return None if values is None else values[rows]
+
+        return Split(
+            self.inputs.take(rows),
+            self.labels[rows],
+            taken(self.ignored),
+            taken(self.added),
+            taken(self.sample_weight),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,4 +295,7 @@ class Dataset:
                 if labels is not None:
                     for part in _bytes(labels, "u1"):
                         digest.update(part)
+            if split.sample_weight is not None:
+                for part in _bytes(split.sample_weight, "<f4"):
+                    digest.update(part)
         return digest.hexdigest()

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Iterator
 
 import numpy as np
+import scipy.sparse
 from jaxtyping import Int, UInt8
 
 from cbmlc_jax import rngs
@@ -68,7 +69,15 @@ def _own(settings, folder) -> Dataset:
     return own.load(settings, folder)
 
 
+def _memory(settings, folder) -> Dataset:
+    raise DataError(
+        "the rows of this run were given to an estimator and lie in no file: predict "
+        "with --mode=predict, or load the folder with the estimator's load()"
+    )
+
+
 READERS = {
+    "memory": _memory,
     "synthetic": _synthetic,
     "bibtex": _mulan,
     "delicious": _mulan,
@@ -222,8 +231,8 @@ def plan_batches(
 class Batches:
     """The batches of a plan, by number: the inputs' arrays (`tokens` int32 [B, S] and
     perhaps `weights`, `features` or `images`), `mask` bool [B], `rows` uint32 [B] (the
-    position in the global batch) and, where given, `labels` uint8 [B, L] and `ignored`
-    bool [B, L].
+    position in the global batch) and, where given, `labels` uint8 [B, L], `ignored`
+    bool [B, L], `added` and `sample_weight` float32 [B].
 
     Args:
         inputs: N rows.
@@ -248,10 +257,11 @@ class Batches:
             batch = self.inputs.augmented(rows, self._random)
         batch |= {"mask": mask, "rows": np.arange(len(rows), dtype=np.uint32)}
         if self._split is not None:
-            for name in ("labels", "ignored"):
+            for name in ("labels", "ignored", "added", "sample_weight"):
                 values = getattr(self._split, name)
                 if values is not None:
-                    batch[name] = values[rows] * mask[:, None]
+                    valid = mask if values.ndim == 1 else mask[:, None]
+                    batch[name] = values[rows] * valid
         return batch
 
 
@@ -324,7 +334,7 @@ def label_graph(
     labels: UInt8[np.ndarray, "rows labels"],
     names: tuple[str, ...],
     file: str | None = None,
-) -> np.ndarray | None:
+) -> scipy.sparse.csr_array | None:
     """The edges of the label graph, self loops included.
 
     Args:
@@ -335,18 +345,19 @@ def label_graph(
         file: lines of `label<TAB>label`, undirected edges.
 
     Returns:
-        bool [L, L] or None.
+        bool [L, L] or None; L x L entries never lie in memory.
 
     Raises:
         DataError: the file is missing, or a line names no label.
     """
     if kind == "complete":
         return None
-    graph = np.eye(labels.shape[1], dtype=bool)
+    edges = scipy.sparse.eye_array(labels.shape[1], format="csr", dtype=np.int32)
     if kind == "cooccurrence":
-        present = labels.astype(np.float32)
-        graph |= present.T @ present > 0
+        present = scipy.sparse.csr_array(labels, dtype=np.int32)
+        edges = edges + present.T @ present
     elif kind == "file":
+        pairs = []
         index = {name: i for i, name in enumerate(names)}
         for number, line in enumerate(_lines(file), 1):
             pair = line.split("\t")
@@ -355,8 +366,12 @@ def label_graph(
                     f"{file}, line {number}: expected two label names with a tab "
                     f"between them, found {line!r}"
                 )
-            a, b = (index[name] for name in pair)
-            graph[a, b] = graph[b, a] = True
+            pairs.append([index[name] for name in pair])
+        ends = np.array(pairs, np.int32).reshape(-1, 2).T
+        told = scipy.sparse.coo_array((np.ones(ends.shape[1]), ends), edges.shape)
+        edges = edges + told + told.T
+    graph = scipy.sparse.csr_array(edges).astype(bool)
+    graph.sort_indices()
     return graph
 
 

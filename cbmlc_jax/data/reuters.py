@@ -28,19 +28,19 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import gzip
 import hashlib
 import html
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from cbmlc_jax.data import mulan
 from cbmlc_jax.data.dataset import UNKNOWN, DataError, Dataset, Ragged, Split
+from cbmlc_jax.data.words import tokens
 
 BASE_URL = (
     "https://raw.githubusercontent.com/colibri17/TextCategorization/"
@@ -74,10 +74,7 @@ _PUBLISHED = (
 FILES = {f"reut2-{i:03}.sgm": p for i, p in enumerate(_PUBLISHED)}
 LARGEST_FILE = 16 << 20  # bytes, unpacked
 
-MAX_TOKENS = 300
 MIN_DOCUMENTS = 2
-NUMBER = "<num>"
-_TOKEN = r"\b(?:[^\W\d_]\.){2,}|[^\W\d_]{2,}|\d+(?:[.,/-]\d+)*"
 
 # Topic -> how a person says it, after the distribution's cat-descriptions_120396.txt;
 # the other topics are English words once "-" is a blank.  "rape" and "sun" are named as
@@ -268,24 +265,10 @@ def build(documents: Sequence[Document]) -> Dataset:
     )
 
 
-def tokens(text: str) -> list[str]:
-    """At most 300 tokens: "U.S. crude at 18.50 dlrs" -> u.s. crude at <num> dlrs."""
-    found = _analyzer()(text)[:MAX_TOKENS]
-    return [NUMBER if token[0].isdecimal() else token for token in found]
-
-
 def encode(rows: Iterable[Sequence[str]], feature_names: Sequence[str]) -> Ragged:
     """Ids of tokens, in their order; a token without a name is id 0, `<unk>`."""
     index = {name: i for i, name in enumerate(feature_names)}
     return Ragged.from_rows([[index.get(word, 0) for word in row] for row in rows])
-
-
-@functools.cache
-def _analyzer() -> Callable[[str], list[str]]:
-    # scikit-learn takes a second to import, and a prepared cache needs no tokens.
-    from sklearn.feature_extraction.text import CountVectorizer
-
-    return CountVectorizer(token_pattern=_TOKEN).build_analyzer()
 
 
 def _labels(documents: Sequence[Document], topics: Sequence[str]) -> np.ndarray:

@@ -41,22 +41,30 @@ def byte_lines(path: str) -> Iterator[tuple[int, bytes]]:
 
 
 def lines(path: str) -> Iterator[tuple[int, str]]:
-    """As `byte_lines`, of UTF-8; a byte order mark is dropped.
+    """As `byte_lines`, as text.
 
     Raises:
-        DataError: as `byte_lines`, or a byte is not UTF-8.
+        DataError: as `byte_lines` and `decoded`.
     """
     for number, line in byte_lines(path):
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
-        try:
-            text = line.decode("utf8")
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{path}, line {number}: byte {line[error.start]:#04x} is not UTF-8: "
-                "save the file as UTF-8 (iconv -f latin1 -t utf8)"
-            ) from None
-        yield number, text
+        yield number, decoded(path, number, line)
+
+
+def decoded(path: str, number: int, line: bytes) -> str:
+    """The text of a line; a byte order mark in the first one is dropped.
+
+    Raises:
+        DataError: a byte is not UTF-8.
+    """
+    if number == 1:
+        line = line.removeprefix(codecs.BOM_UTF8)
+    try:
+        return line.decode("utf8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}, line {number}: byte {line[error.start]:#04x} is not UTF-8: "
+            "save the file as UTF-8 (iconv -f latin1 -t utf8)"
+        ) from None
 
 
 def rows(path: str, form: str) -> Iterator[tuple[int, dict]]:
@@ -79,20 +87,26 @@ def rows(path: str, form: str) -> Iterator[tuple[int, dict]]:
 
 def _json(path: str) -> Iterator[tuple[int, dict]]:
     for number, line in lines(path):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        # Of deep nesting, too; a number of thousands of digits is a ValueError.
-        except (ValueError, RecursionError) as error:
-            raise DataError(
-                f"{path}, line {number}: no JSON ({error}): put one object on a line"
-            ) from None
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{path}, line {number}: expected a JSON object {{column: value}}"
-            )
-        yield number, row
+        if line.strip():
+            yield number, json_object(line, f"{path}, line {number}")
+
+
+def json_object(line: str, where: str) -> dict:
+    """The object on a line.
+
+    Raises:
+        DataError: there is none.
+    """
+    try:
+        row = json.loads(line)
+    # Of deep nesting, too; a number of thousands of digits is a ValueError.
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{where}: no JSON ({error}): put one object on a line"
+        ) from None
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected a JSON object {{column: value}}")
+    return row
 
 
 def _cells(path: str, form: str) -> Iterator[tuple[int, dict[str, str]]]:

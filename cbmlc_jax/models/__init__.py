@@ -24,6 +24,7 @@ __all__ = [
     "CONSTANT",
     "ENCODERS",
     "INPUTS",
+    "LABEL_NODES",
     "MODELS",
     "READS_LABEL_VECTORS",
     "OWN_OBJECTIVE",
@@ -208,6 +209,8 @@ MODELS = {
 OWN_OBJECTIVE = ("mpvae", "seq2seq")
 # Models that start at word vectors of the labels; the others need none.
 READS_LABEL_VECTORS = ("cbmlc", "lamp", "ml_gcn")
+# Models that compute a vector for every label of every row.
+LABEL_NODES = ("cbmlc", "lamp")
 # Parameters that are not trained, by their last name.
 CONSTANT = ("label_vectors", "feature_mean", "feature_scale")
 

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, UInt8, UInt32
 
 from cbmlc_jax.models import decoder, ops
 from cbmlc_jax.models.encoders import relative
+from cbmlc_jax.models.neighbours import Neighbours
 from cbmlc_jax.models.outputs import Outputs
 
 
@@ -35,7 +36,7 @@ class CbMLC(nn.Module):
     def __call__(
         self,
         inputs: dict[str, Array],
-        graph: Bool[Array, "labels labels"] | None = None,
+        graph: Bool[Array, "labels labels"] | Neighbours | None = None,
         rows: UInt32[Array, " batch"] | None = None,
         labels: UInt8[Array, "batch labels"] | None = None,
     ) -> Outputs:
@@ -43,7 +44,7 @@ class CbMLC(nn.Module):
 
         Args:
             inputs: what the encoder reads, see `encoders`.
-            graph: [L, L] label graph, None is complete.
+            graph: see `LabelGraphDecoder`.
             rows: [B] row numbers of the global batch for dropout; None for none.
             labels: not read; models with an objective of their own take them here.
         """

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, UInt32
 
 from cbmlc_jax.models import ops
 from cbmlc_jax.models.layers import MessageBlock
+from cbmlc_jax.models.neighbours import Neighbours
 
 
 class LabelGraphDecoder(nn.Module):
@@ -41,7 +42,7 @@ class LabelGraphDecoder(nn.Module):
         self,
         memory: Float[Array, "batch tokens width"],
         valid: Bool[Array, "batch tokens"],
-        graph: Bool[Array, "labels labels"] | None = None,
+        graph: Bool[Array, "labels labels"] | Neighbours | None = None,
         rows: UInt32[Array, " batch"] | None = None,
     ) -> tuple[Float[Array, "labels width"], list[Float[Array, "batch labels width"]]]:
         """Decodes.
@@ -50,7 +51,7 @@ class LabelGraphDecoder(nn.Module):
             memory: [B, S, d].
             valid: [B, S], False at padding.
             graph: [L, L], True where label i may listen to label j (self loops
-                included); None is the complete graph.
+                included), or its lists; None is the complete graph.
             rows: see `layers`.
 
         Returns:
@@ -66,7 +67,8 @@ class LabelGraphDecoder(nn.Module):
             )
         initial, states = nodes, []
         input_mask = valid[:, None, None, :]
-        label_mask = None if graph is None else graph[None, None]
+        dense = graph is not None and not isinstance(graph, Neighbours)
+        label_mask = graph[None, None] if dense else graph
         for i in range(self.num_blocks):
             block = _DecoderBlock(
                 self.num_heads,
@@ -106,4 +108,4 @@ def readout(
     nodes: Float[Array, "batch labels width"], weights: Float[Array, "labels width"]
 ) -> Float[Array, "batch labels"]:
     """logit_l = W_l . v_l (paper eq. 10); never B x L x L."""
-    return jnp.sum(nodes * ops.repeat(weights, len(nodes)), axis=-1)
+    return jnp.sum(nodes * ops.repeat(weights, nodes.shape[0]), axis=-1)

@@ -120,7 +120,7 @@ class DenseEncoder(nn.Module):
             z = nn.relu(nn.Dense(self.width, name=f"layer_{i}")(z))
             z = Dropout(self.dropout, name=f"dropout_{i}")(z, rows)
         z = nn.Dense(self.width, name="map")(z)
-        return z[:, None], jnp.ones((len(z), 1), bool)
+        return z[:, None], jnp.ones((z.shape[0], 1), bool)
 
 
 class ImageEncoder(nn.Module):
@@ -152,7 +152,7 @@ class ImageEncoder(nn.Module):
         z = self.backbone(x, train=rows is not None)
         if self.width is not None:
             z = nn.Dense(self.width, name="map")(z)
-        return z[:, None], jnp.ones((len(z), 1), bool)
+        return z[:, None], jnp.ones((z.shape[0], 1), bool)
 
 
 def relative(

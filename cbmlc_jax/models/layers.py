@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, UInt32
 
 from cbmlc_jax.models import ops
+from cbmlc_jax.models.attention import attend
+from cbmlc_jax.models.neighbours import Neighbours
 
 
 class Dropout(nn.Module):
@@ -61,7 +63,7 @@ class Attention(nn.Module):
         self,
         queries: Float[Array, "*batch queries width"],
         memory: Float[Array, "batch keys width"],
-        mask: Bool[Array, "..."] | None,
+        mask: Bool[Array, "..."] | Neighbours | None,
         rows: UInt32[Array, " batch"] | None,
     ) -> Float[Array, "batch queries width"]:
         """Attends.
@@ -70,7 +72,7 @@ class Attention(nn.Module):
             queries: [B, N, d], or [N, d] where they are the same for every row: they
                 are then projected once.
             memory: [B, S, d].
-            mask: broadcastable to [B, H, N, S]; True where attention is allowed.
+            mask: as `attend`.
             rows: see the module's docstring.
         """
         width = memory.shape[-1]
@@ -86,11 +88,11 @@ class Attention(nn.Module):
         q = self._project(queries, wq)
         k, v = self._project(memory, wk), self._project(memory, wv)
         if queries.ndim == 2:
-            q = ops.repeat(q, len(memory))
+            q = ops.repeat(q, memory.shape[0])
         words = None
         if rows is not None and self.dropout:
             words = jax.random.key_data(self.make_rng("dropout"))
-        mixed = ops.attend(
+        mixed = attend(
             q,
             k,
             v,
@@ -167,7 +169,7 @@ class MessageBlock(nn.Module):
         self,
         x: Float[Array, "*batch nodes width"],
         memory: Float[Array, "batch keys width"],
-        mask: Bool[Array, "..."] | None,
+        mask: Bool[Array, "..."] | Neighbours | None,
         rows: UInt32[Array, " batch"] | None,
     ) -> Float[Array, "batch nodes width"]:
         """x: [B, N, d] or [N, d]; the others as `Attention`."""
@@ -177,7 +179,7 @@ class MessageBlock(nn.Module):
             )(x, memory, mask, rows)
             messages = Dropout(self.dropout, name="attention_dropout")(messages, rows)
             if x.ndim == 2:
-                x = ops.repeat(x, len(messages))
+                x = ops.repeat(x, messages.shape[0])
             x = LayerNorm(name="attention_norm")(x + messages)
         update = FeedForward(self.ffn_width, self.dtype, name="ffn")(x)
         update = Dropout(self.dropout, name="ffn_dropout")(update, rows)

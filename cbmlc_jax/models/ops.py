@@ -13,19 +13,20 @@ leaves them as they are.  Everything else is computed as it comes, in float32.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, DTypeLike, Float, UInt32
 
-# A large negative logit instead of -inf: a row whose keys are all masked stays finite.
-_MASKED = -1e9
 _GOLDEN = 0x9E3779B9
 # Queries and keys of attention are padded to a multiple of this: products of 159 labels
 # take XLA:CPU a third longer than of 160.
-_LANES = 16
+LANES = 16
 # Of sums that are written as products: a GPU would round their factors to 10 bits.
 _EXACT = jax.lax.Precision.HIGHEST
 
@@ -49,6 +50,7 @@ def keep_mask(
     shape: tuple[int, ...],
     rate: float,
     strides: tuple[int, ...] | None = None,
+    start: UInt32[Array, ""] | None = None,
 ) -> Bool[Array, "batch ..."]:
     """True with probability 1 - rate; entry [b, ...] depends on words and rows[b].
 
@@ -59,15 +61,29 @@ def keep_mask(
         rate: probability of False, in [0, 1).
         strides: of the counters of the axes after B; default: those of `shape`, so
             that no two entries of a row share one.
+        start: counter of the first entry, for a part of a larger mask; default 0.
     """
     if strides is None:
         strides = tuple(_prod(shape[i + 1 :]) for i in range(1, len(shape)))
-    row_word = _hash(rows.astype(jnp.uint32), words[0], words[1])
-    row_word = row_word.reshape((-1,) + (1,) * (len(shape) - 1))
     counter = jnp.zeros((1, *shape[1:]), jnp.uint32)
+    if start is not None:
+        counter += start
     for axis, stride in enumerate(strides, 1):
         position = jax.lax.broadcasted_iota(jnp.uint32, counter.shape, axis)
         counter = counter + position * jnp.uint32(stride % 2**32)
+    return kept(words, rows, counter, rate)
+
+
+def kept(
+    words: UInt32[Array, " 2"],
+    rows: UInt32[Array, " batch"],
+    counter: UInt32[Array, "..."],
+    rate: float,
+    axis: int = 0,
+) -> Bool[Array, "..."]:
+    """As `keep_mask`, of given counters that are 1 long where the batch belongs."""
+    row_word = _hash(rows.astype(jnp.uint32), words[0], words[1])
+    row_word = jnp.expand_dims(row_word, [i for i in range(counter.ndim) if i != axis])
     bits = _hash(counter * jnp.uint32(_GOLDEN), row_word ^ words[1], words[0])
     return bits >= jnp.uint32(min(int(rate * 2**32), 2**32 - 1))
 
@@ -76,20 +92,34 @@ def _prod(sizes: tuple[int, ...]) -> int:
     return functools.reduce(lambda a, b: a * b, sizes, 1)
 
 
+_PORTABLE = contextvars.ContextVar("portable", default=False)
+
+
+@contextlib.contextmanager
+def portable() -> Iterator[None]:
+    """What is traced inside has no hint for this machine's compiler: jax.export refuses
+    layout constraints, whose form in StableHLO may change."""
+    token = _PORTABLE.set(True)
+    try:
+        yield
+    finally:
+        _PORTABLE.reset(token)
+
+
 def _laid_out(x: Array, dtype: DTypeLike | None) -> Array:
     """x, for a product in dtype with its last axis contiguous in memory.
 
     XLA:CPU has bfloat16 products for such operands alone, and would rather turn a
     transposition into a layout.
     """
-    if dtype is None or jax.default_backend() != "cpu":
+    if dtype is None or jax.default_backend() != "cpu" or _PORTABLE.get():
         return x
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
-def _product(x: Array, y: Array, dtype: DTypeLike | None, *, turn: str = "") -> Array:
+def product(x: Array, y: Array, dtype: DTypeLike | None, *, turn: str = "") -> Array:
     """x @ y over the last two axes; `turn` names operands to be transposed first."""
-    x, y = _rounded(x, dtype), _rounded(y, dtype)
+    x, y = rounded(x, dtype), rounded(y, dtype)
     x = jnp.swapaxes(x, -1, -2) if "x" in turn else x
     y = jnp.swapaxes(y, -1, -2) if "y" in turn else y
     batch = tuple(range(x.ndim - 2))
@@ -102,13 +132,13 @@ def _product(x: Array, y: Array, dtype: DTypeLike | None, *, turn: str = "") -> 
     return _laid_out(product, dtype)
 
 
-def _rounded(x: Array, dtype: DTypeLike | None) -> Array:
+def rounded(x: Array, dtype: DTypeLike | None) -> Array:
     return x if dtype is None else x.astype(dtype)
 
 
 # Where several operations read an array that is costly to compute: left alone, XLA:CPU
 # fuses the whole computation into each of them.
-_stored = jax.lax.optimization_barrier
+stored = jax.lax.optimization_barrier
 
 
 def _column_sum(x: Float[Array, "... width"]) -> Float[Array, " width"]:
@@ -117,15 +147,15 @@ def _column_sum(x: Float[Array, "... width"]) -> Float[Array, " width"]:
     return jnp.matmul(jnp.ones((1, len(x)), x.dtype), x, precision=_EXACT)[0]
 
 
-def _row_sum(x: Float[Array, "... width"]) -> Float[Array, "... 1"]:
+def row_sum(x: Float[Array, "... width"]) -> Float[Array, "... 1"]:
     """Sums over the last axis, as a product."""
     return jnp.matmul(x, jnp.ones((x.shape[-1], 1), x.dtype), precision=_EXACT)
 
 
-def _row_max(x: Float[Array, "... width"]) -> Float[Array, "... 1"]:
+def row_max(x: Float[Array, "... width"]) -> Float[Array, "... 1"]:
     """The largest of the last axis, in two steps: XLA:CPU reduces by lanes quickly."""
-    lanes = x.reshape(*x.shape[:-1], -1, _LANES)
-    return jnp.max(_stored(jnp.max(lanes, -2)), -1, keepdims=True)
+    lanes = x.reshape(*x.shape[:-1], -1, LANES)
+    return jnp.max(stored(jnp.max(lanes, -2)), -1, keepdims=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -156,18 +186,18 @@ def linear(
 
 
 def _linear_forward(x, w, dtype):
-    flat = _rounded(x.reshape(-1, x.shape[-1]), dtype)
-    y = _product(flat, w, dtype)
+    flat = rounded(x.reshape(-1, x.shape[-1]), dtype)
+    y = product(flat, w, dtype)
     return y.reshape(*x.shape[:-1], -1), (flat, w)
 
 
 def _linear_backward(dtype, saved, g):
     x, w = saved
-    flat = _rounded(g.reshape(-1, g.shape[-1]), dtype)
-    dx = _product(flat, w, dtype, turn="y").reshape(*g.shape[:-1], -1)
+    flat = rounded(g.reshape(-1, g.shape[-1]), dtype)
+    dx = product(flat, w, dtype, turn="y").reshape(*g.shape[:-1], -1)
     if w.shape[0] <= w.shape[1]:
-        return dx, _product(x, flat, dtype, turn="x")
-    return dx, _product(flat, x, dtype, turn="x").T  # turns the narrower of the two
+        return dx, product(x, flat, dtype, turn="x")
+    return dx, product(flat, x, dtype, turn="x").T  # turns the narrower of the two
 
 
 linear.defvjp(_linear_forward, _linear_backward)
@@ -198,136 +228,23 @@ def layer_norm(
 
 
 def _norm_forward(x, scale, bias):
-    x = _stored(x)
+    x = stored(x)
     wide = (1,) * (x.ndim - 1) + (-1,)
-    mean = _row_sum(x) / x.shape[-1]
-    variance = _row_sum(jnp.square(x - mean)) / x.shape[-1]
+    mean = row_sum(x) / x.shape[-1]
+    variance = row_sum(jnp.square(x - mean)) / x.shape[-1]
     inverse = jax.lax.rsqrt(variance + 1e-5)
     y = (x - mean) * inverse * scale.reshape(wide) + bias.reshape(wide)
-    return _stored(y), (x, mean, inverse, scale)
+    return stored(y), (x, mean, inverse, scale)
 
 
 def _norm_backward(saved, g):
     x, mean, inverse, scale = saved
-    g = _stored(g)
+    g = stored(g)
     unit = (x - mean) * inverse
     scaled = g * scale.reshape((1,) * (x.ndim - 1) + (-1,))
-    along = _row_sum(scaled * unit) / x.shape[-1]
-    dx = inverse * (scaled - _row_sum(scaled) / x.shape[-1] - unit * along)
-    return _stored(dx), _column_sum(g * unit), _column_sum(g)
+    along = row_sum(scaled * unit) / x.shape[-1]
+    dx = inverse * (scaled - row_sum(scaled) / x.shape[-1] - unit * along)
+    return stored(dx), _column_sum(g * unit), _column_sum(g)
 
 
 layer_norm.defvjp(_norm_forward, _norm_backward)
-
-
-def attend(
-    q: Float[Array, "batch queries heads head"],
-    k: Float[Array, "batch keys heads head"],
-    v: Float[Array, "batch keys heads head"],
-    mask: Bool[Array, "..."] | None = None,
-    *,
-    words: UInt32[Array, " 2"] | None = None,
-    rows: UInt32[Array, " batch"] | None = None,
-    rate: float = 0.0,
-    dtype: DTypeLike | None = None,
-) -> Float[Array, "batch queries heads head"]:
-    """dropout(softmax(Q K^T)) V for every head; Q is scaled already.
-
-    Args:
-        q: [B, N, H, K].
-        k, v: [B, S, H, K].
-        mask: broadcastable to [B, 1, N, S]; True where attention is allowed.
-        words, rows: of `keep_mask`, for the dropout of the weights; None for none.
-        rate: of the dropout.
-        dtype: see the module.
-
-    Returns:
-        [B, N, H, K].
-    """
-    queries, keys = q.shape[1], k.shape[1]
-    if mask is not None:
-        mask = jnp.broadcast_to(mask, (*mask.shape[:-1], keys))
-    q, k, v = (_heads_first(x) for x in (q, k, v))
-    if rows is None or not rate:
-        words = rows = None
-        rate = 0.0
-    static = (queries, keys, rate, dtype)
-    mixed = []
-    for part in _parts(len(q)):
-        ours = mask if mask is None or len(mask) == 1 else mask[part]
-        those = None if rows is None else rows[part]
-        mixed.append(_attend(q[part], k[part], v[part], ours, words, those, static))
-    return jnp.swapaxes(jnp.concatenate(mixed)[:, :, :queries], 1, 2)
-
-
-def _parts(rows: int) -> list[slice]:
-    """On a CPU two halves, whose many small products run beside each other."""
-    if jax.default_backend() != "cpu" or rows < 2:
-        return [slice(None)]
-    return [slice(0, rows // 2), slice(rows // 2, rows)]
-
-
-def _heads_first(x: Array) -> Array:
-    """[B, N, H, K] -> [B, H, N + padding, K]."""
-    x = jnp.swapaxes(x, 1, 2)
-    return jnp.pad(x, ((0, 0), (0, 0), (0, -x.shape[2] % _LANES), (0, 0)))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _attend(q, k, v, mask, words, rows, static):
-    return _attend_forward(q, k, v, mask, words, rows, static)[0]
-
-
-def _attend_forward(q, k, v, mask, words, rows, static):
-    _, keys, rate, dtype = static
-    q, k, v = (_rounded(x, dtype) for x in (q, k, v))
-    logits = _product(q, k, dtype, turn="y")
-    shape = logits.shape
-    if mask is not None:
-        mask = _padded(mask, shape)
-        logits = jnp.where(mask, logits, _MASKED)
-    inside = jax.lax.broadcasted_iota(jnp.int32, (1, 1, 1, shape[-1]), 3) < keys
-    logits = jnp.where(inside, logits, -jnp.inf)
-    raised = _stored(jnp.exp(logits - _row_max(logits)))
-    total = _row_sum(raised) * (1 - rate)
-    raised = _rounded(raised, dtype)
-    kept = _drop(raised, words, rows, static)
-    mixed = _product(kept, v, dtype) / total
-    return mixed, (q, k, v, raised, total, mixed, mask, words, rows)
-
-
-def _attend_backward(static, saved, g):
-    _, _, rate, dtype = static
-    q, k, v, raised, total, mixed, mask, words, rows = saved
-    # With P = raised / total and dropout folded into total: dP = keep g V^T, and
-    # dlogits = P (dP - sum_s P dP), the sum being that of g and the mixed values.
-    g = _stored(g / total)
-    along = _row_sum(g * mixed) * (1 - rate)
-    g = _rounded(g, dtype)
-    dv = _product(_drop(raised, words, rows, static), g, dtype, turn="x")
-    dlogits = _drop(_product(g, v, dtype, turn="y"), words, rows, static) - along
-    dlogits = raised * dlogits
-    if mask is not None:
-        dlogits = jnp.where(mask, dlogits, 0)
-    dlogits = _stored(_rounded(dlogits, dtype))
-    dq = _product(dlogits, k, dtype)
-    dk = _product(dlogits, q, dtype, turn="x")
-    return dq, dk, dv, None, None, None
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
-
-
-def _padded(mask: Array, shape: tuple[int, ...]) -> Array:
-    """A mask up to the padded queries and keys; what it adds is False."""
-    sizes = zip(mask.shape, shape, strict=True)
-    return jnp.pad(mask, [(0, 0 if size == 1 else full - size) for size, full in sizes])
-
-
-def _drop(x: Array, words, rows, static) -> Array:
-    """Zero where dropout says so; what stays is not scaled up here."""
-    queries, keys, rate, _ = static
-    if rows is None:
-        return x
-    strides = (queries * keys, keys, 1)
-    return jnp.where(keep_mask(words, rows, x.shape, rate, strides), x, 0)

@@ -15,6 +15,8 @@ from cbmlc_jax.models.baselines.sleec import SLEEC
 
 # C of logistic regression, one of which validation chooses.
 COSTS = (0.1, 0.3, 1.0, 3.0, 10.0)
+# Whose `fit` takes weights of rows.
+TAKES_WEIGHTS = ("logistic_regression", "lr_knn")
 # Settings and the estimator that has them.
 Candidates = list[tuple[dict[str, float], Estimator]]
 # Published with a rule of their own: a label holds where its score is above one half.

@@ -23,7 +23,11 @@ class Estimator(Protocol):
     """A model that is fitted in one call."""
 
     def fit(self, inputs: Inputs, labels: UInt8[np.ndarray, "rows labels"]) -> Params:
-        """Learns from inputs [N, F] and labels [N, L]; labels may be all 0 or 1."""
+        """Learns from inputs [N, F] and labels [N, L]; labels may be all 0 or 1.
+
+        Those that config.noise.by_row may ask also take `added` [N], see `Split`, and
+        those of `baselines.TAKES_WEIGHTS` `weights` float32 [N]; not both at once.
+        """
 
     def scores(
         self, params: Params, inputs: Inputs

@@ -21,6 +21,9 @@ class LRkNN:
 
     j runs over the k training rows of the largest cosine s_j with the query, on the
     same tf-idf (or standardised) rows as the regression; a negative s_j counts 0.
+    With rates of added labels see `cosine_vote`.
+    Where rows have weights w, w_j s_j^2 stands for s_j^2: a row of weight 2 is one
+    neighbour, not two.
 
     Attributes:
         cost: C of the regression.
@@ -36,16 +39,20 @@ class LRkNN:
         self,
         inputs: Inputs,
         labels: UInt8[np.ndarray, "rows labels"] | Float[np.ndarray, "rows labels"],
+        added: Float[np.ndarray, " rows"] | None = None,
+        weights: Float[np.ndarray, " rows"] | None = None,
         ignored: Bool[np.ndarray, "rows labels"] | None = None,
     ) -> Params:
-        """The regression's parameters, the rows and their labels.
+        """The regression's parameters, the rows, their labels, rates and weights.
 
         `ignored` entries count neither in the regression nor in a vote.
         """
-        params = linear.LogisticRegression(self.cost).fit(inputs, labels, ignored)
+        regression = linear.LogisticRegression(self.cost)
+        params = regression.fit(inputs, labels, added, weights, ignored)
         rows = linear.rescale(params["scale"], inputs).astype(np.float32)
-        found = {"linear": params, "rows": pack(rows), "labels": labels}
-        return found if ignored is None else found | {"ignored": ignored}
+        stored = {"linear": params, "rows": pack(rows), "labels": labels}
+        given = {"added": added, "weights": weights, "ignored": ignored}
+        return stored | {k: v for k, v in given.items() if v is not None}
 
     def scores(
         self, params: Params, inputs: Inputs
@@ -58,6 +65,8 @@ class LRkNN:
             np.asarray(params["labels"]),
             queries,
             self.neighbours,
+            params.get("added"),
+            params.get("weights"),
             params.get("ignored"),
         )
         return (1 - self.vote) * ours + self.vote * theirs
@@ -68,35 +77,61 @@ def cosine_vote(
     labels: UInt8[np.ndarray, "rows labels"],
     queries: Inputs,
     neighbours: int,
+    added: Float[np.ndarray, " rows"] | None = None,
+    weights: Float[np.ndarray, " rows"] | None = None,
     ignored: Bool[np.ndarray, "rows labels"] | None = None,
 ) -> Float[np.ndarray, "queries labels"]:
     """Mean label of the nearest rows, weighted by the squared cosine; 0 without any.
+
+    With rates a_j of labels that were added to row j, its label counts as
+    (y_j - a_j) / (1 - a_j), unbiased for a label that holds and was kept, and its
+    weight is divided by the variance of that, (a_j (1 - a_j) + m) / (1 - a_j)^2 with
+    m the mean of (y - a) over all entries; the mean is cut to [0, 1].
 
     Args:
         rows: [N, F] training rows.
         labels: [N, L].
         queries: [Q, F].
         neighbours: k.
+        added: [N], or None: nothing was.
+        weights: [N] of the training rows; None: 1.
         ignored: [N, L] labels that are not known: their row has no vote on them.
     """
     k = min(neighbours, rows.shape[0])
+    trust = np.ones(rows.shape[0], np.float32)
+    if added is not None:
+        a = np.asarray(added, np.float32)
+        m = max(float(labels.mean() - a.mean()), 1e-6)
+        trust = (1 - a) ** 2 / (a * (1 - a) + m)
+        trust /= trust.max()
+    if weights is not None:
+        trust *= np.asarray(weights)
     index = NearestNeighbors(n_neighbors=k, metric="cosine", algorithm="brute")
     index.fit(rows)
+    if ignored is not None:
+        labels = np.where(ignored, 0, labels)
     given = scipy.sparse.csr_array(labels.astype(np.float32))
+    if added is not None:
+        given = scipy.sparse.diags_array(1 / (1 - a)) @ given
     if ignored is not None:
         unknown = scipy.sparse.csr_array(np.asarray(ignored, np.float32))
     votes = np.zeros((queries.shape[0], labels.shape[1]), np.float32)
     for start in range(0, queries.shape[0], _CHUNK):
         distance, nearest = index.kneighbors(queries[start : start + _CHUNK])
-        weight = np.clip(1 - distance, 0, 1).astype(np.float32) ** 2
+        weight = np.clip(1 - distance, 0, 1).astype(np.float32) ** 2 * trust[nearest]
         ends = np.arange(0, weight.size + 1, k)
         chosen = scipy.sparse.csr_array(
             (weight.ravel(), nearest.ravel(), ends),
             shape=(len(weight), rows.shape[0]),
         )
-        total = weight.sum(1, keepdims=True)
+        vote, total = (chosen @ given).toarray(), weight.sum(1, keepdims=True)
+        if added is not None:
+            vote = vote - (chosen @ (a / (1 - a)))[:, None]
         if ignored is not None:
             total = total - (chosen @ unknown).toarray()
-        total = np.maximum(total, 1e-12)
-        votes[start : start + _CHUNK] = (chosen @ given).toarray() / total
+            if added is not None:
+                vote += (
+                    chosen @ (scipy.sparse.diags_array(a / (1 - a)) @ unknown)
+                ).toarray()
+        votes[start : start + _CHUNK] = np.clip(vote / np.maximum(total, 1e-12), 0, 1)
     return votes
