@@ -38,6 +38,7 @@ CELLS = (
     *(("ncar", rate) for rate in (0.01, 0.03, 0.05)),
     *(("nar", rate) for rate in (0.1, 0.3, 0.5)),
     ("single_positive", 0.0),
+    ("combined", 0.0),
 )
 # Model, folds and C of each data set: what is affordable there on two cores.
 MODELS = {
