@@ -1,10 +1,11 @@
 # make demo   install into .venv, train on the embedded data set with combined noise
-# make test   install into .venv, run every test
+# make test   install into .venv, run the tests, but for some that take long
+# make test-all   run every test
 PYTHON ?= python3
 VENV ?= .venv
 RUNS ?= runs
 
-.PHONY: demo test lint
+.PHONY: demo test test-all lint
 
 # The stamp is renewed when the requirements or the Python change.
 STAMP = $(VENV)/installed-$(notdir $(PYTHON))
@@ -19,6 +20,9 @@ demo: $(STAMP)
 	$(VENV)/bin/python -m cbmlc_jax.main --config.noise.kind=combined --workdir=$(RUNS)/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: $(STAMP)
+	$(VENV)/bin/python -m pytest --numprocesses=auto --maxprocesses=4 -m "not slow"
+
+test-all: $(STAMP)
 	$(VENV)/bin/python -m pytest --numprocesses=auto --maxprocesses=4
 
 lint: $(STAMP)

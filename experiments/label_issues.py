@@ -13,7 +13,7 @@ once, kept in `--cache`, and ranked by
                flags first, each part by self-confidence; skipped where not installed
 
 over entries (row, label), and over rows for a change in any label.  A row for each cell
-is appended to experiments/results/label_issues.jsonl; `--table` prints them.  Needs the
+is appended to experiments/label_issues.jsonl; `--table` prints them.  Needs the
 package extra `compare` for cleanlab.
 """
 
@@ -33,7 +33,7 @@ from cbmlc_jax import errors, files, fit, issues, noise, task
 from cbmlc_jax.models import baselines
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-RESULTS = os.path.join(HERE, "results", "label_issues.jsonl")
+RESULTS = os.path.join(HERE, "label_issues.jsonl")
 CELLS = (
     *(("ncar", rate) for rate in (0.01, 0.03, 0.05)),
     *(("nar", rate) for rate in (0.1, 0.3, 0.5)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import subprocess
@@ -84,6 +85,44 @@ def main(
         cwd=ROOT,
         env=env or environment(),
     )
+
+
+_FORKS = """
+import json, os, sys, tempfile
+from cbmlc_jax import main, run
+for words in json.load(sys.stdin):
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        if not (child := os.fork()):
+            os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
+            sys.argv = ["main", *words]
+            try:
+                main.run()
+            except SystemExit as end:
+                os._exit(end.code if isinstance(end.code, int) else bool(end.code))
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        out.seek(0), err.seek(0)
+        print(json.dumps([code, out.read(), err.read()]), flush=True)
+"""
+
+
+def mains(commands: list[list[str]]) -> list[subprocess.CompletedProcess]:
+    """`main` for each list of arguments, in forks of one process that imports once."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", _FORKS],
+        input=json.dumps(commands),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+        env=environment(),
+        check=True,
+    )
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    return [
+        subprocess.CompletedProcess(words, *parts)
+        for words, parts in zip(commands, found, strict=True)
+    ]
 
 
 def assert_one_sentence(done: subprocess.CompletedProcess, *parts: str) -> None:

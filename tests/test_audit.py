@@ -65,6 +65,7 @@ def test_training_on_repaired_labels_and_again(audited, capsys):
 
 
 @pytest.mark.parametrize("how", ["drop", "soft"])
+@pytest.mark.slow
 def test_a_neural_model_trains_on_every_kind(audited, how, tmp_path):
     workdir, _ = audited
     settings = running.tiny_config(**SETTINGS)

@@ -13,7 +13,7 @@ from running import ROOT, environment, tiny_config
 from cbmlc_jax import config as config_lib
 from cbmlc_jax import systems, task
 from cbmlc_jax.data import pipeline
-from cbmlc_jax.models import attention
+from cbmlc_jax.models import attention, ops
 from experiments import bench, measure, peers
 
 
@@ -39,7 +39,8 @@ def products(jaxpr) -> float:
 
 @pytest.mark.parametrize("self_attention", [True, False])
 def test_counted_products_are_those_of_the_program(self_attention, monkeypatch):
-    monkeypatch.setattr(attention, "LANES", 1)  # labels are padded otherwise
+    for module in (attention, ops):
+        monkeypatch.setattr(module, "LANES", 1)  # labels are padded otherwise
     config = tiny_config(
         **{
             "model.width": 24,

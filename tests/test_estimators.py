@@ -106,6 +106,7 @@ def _chosen():
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("estimator", "check"), _chosen())
+@pytest.mark.slow
 def test_chosen_checks_of_scikit_learn(estimator, check):
     check(estimator)
 
@@ -198,6 +199,7 @@ def _bounds(matrix):
     return zip(matrix.indptr[:-1], matrix.indptr[1:], strict=True)
 
 
+@pytest.mark.slow
 def test_lists_of_tokens_are_sequences(data):
     x, y, test = data
     documents, new = words(x), words(test)

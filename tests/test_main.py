@@ -181,6 +181,7 @@ def _embedded_numbers(settings, folder):
     return dataclasses.replace(whole, train=train, test=test)
 
 
+@pytest.mark.slow
 def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(tmp_path):
     arguments = [a for a in running.flags(**{"train.num_epochs": 2})]
     arguments = [a for a in arguments if "progress" not in a]

@@ -82,6 +82,7 @@ def test_a_mixture_goes_from_config_to_prediction(tmp_path, capsys):
     assert "exactly" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_mixture_without_folds_resumes(tmp_path, monkeypatch):
     changes = {**MIXTURE, "train.crossfit": 0}
     config = running.tiny_config(**changes)

@@ -456,6 +456,7 @@ def test_averaged_weights_by_hand():
     np.testing.assert_allclose(average["w"], want, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_token_dropout_leaves_tokens_out_in_training_alone():
     vectors = np.eye(3, 8, dtype=np.float32)
     model = small_model(3, vectors, linear_path=True, dropout=0.0)

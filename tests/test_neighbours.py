@@ -76,6 +76,7 @@ def test_a_hub_does_not_lengthen_all_lists():
     assert lists.padded == star.sum() == 2998
 
 
+@pytest.mark.slow
 def test_a_decoder_on_lists_is_that_on_the_mask():
     """Nodes and gradients in training, dropout included, in float32."""
     labels, batch, width = 30, 2, 8

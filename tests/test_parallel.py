@@ -81,7 +81,7 @@ def trajectory(num_devices: int, changes: dict):
     ("changes", "counts"),
     [
         ({"loss.reduction": "sum"}, (2, 4)),
-        ({"loss.reduction": "mean"}, (2, 4)),
+        pytest.param({"loss.reduction": "mean"}, (2, 4), marks=pytest.mark.slow),
         # Which entries are rejected depends on all of the batch.
         ({"loss.name": "large_loss", "loss.rejected_per_epoch": 0.05}, (4,)),
         # An objective of its own, with random draws by row.

@@ -34,6 +34,7 @@ from cbmlc_jax.data import voc
 from cbmlc_jax.data.dataset import DataError
 from cbmlc_jax.models import ImageEncoder, resnet
 from cbmlc_jax.models.baselines.pooled_linear import PooledLinear
+from cbmlc_jax.rules import Rule
 
 SIDE = 32
 CHANGES = {
@@ -144,7 +145,9 @@ def test_resumes_with_the_same_crops_and_statistics(folder, tmp_path):
         "".join(json.dumps({"image": str(pictures / n)}) + "\n" for n in names)
     )
     target = tmp_path / "out.jsonl"
-    predict.predict_file(half.workdir, str(lines), str(target), threshold=0.5)
+    predict.predict_file(
+        half.workdir, str(lines), str(target), rule=Rule(threshold=0.5)
+    )
     rows = [json.loads(x) for x in target.read_text().splitlines()]
     run = run_lib.Run(whole, half.workdir)
     scores = run.system.scores(variables, run.task.test.inputs)
@@ -153,7 +156,7 @@ def test_resumes_with_the_same_crops_and_statistics(folder, tmp_path):
         np.testing.assert_allclose(found, expected, atol=2e-6)
     lines.write_text('{"image": "nowhere.jpg"}\n')
     with pytest.raises(DataError, match="line 1: there is no image .*nowhere.jpg"):
-        predict.predict_file(half.workdir, str(lines), None, threshold=0.5)
+        predict.predict_file(half.workdir, str(lines), None, rule=Rule(threshold=0.5))
 
 
 def test_frozen_features_are_computed_once_and_change_nothing(folder, tmp_path, capsys):

@@ -401,6 +401,7 @@ def test_initial_distributions():
     assert not np.any(params["gates_bias"])
 
 
+@pytest.mark.slow
 def test_learns_sets_rather_than_labels():
     """Token 1 means {0, 1} or {2, 3}, each half of the time; 2 {1}; 3 {}; 4 {0, 2, 3}.
 

@@ -81,13 +81,20 @@ def test_an_artefact_gives_the_scores_of_the_run(exported, artefact):
     assert artefact.predict([]) == [] and len(artefact.scores(ragged(0))) == 0
 
 
+EMOTIONS = {"data.name": "emotions", "model.encoder.name": "dense"}
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "changes"),
     [
         ("cbmlc", "weighted", {}),
-        ("cbmlc", "sequence", {"model.encoder.name": "sequence"}),
-        ("cbmlc", "numbers", {"data.name": "emotions", "model.encoder.name": "dense"}),
-        ("mpvae", "set", {"loss.cb_weight": 0.0}),
+        slow("cbmlc", "sequence", {"model.encoder.name": "sequence"}),
+        slow("cbmlc", "numbers", EMOTIONS),
+        slow("mpvae", "set", {"loss.cb_weight": 0.0}),
         ("logistic_regression", "set", {}),
         ("logistic_regression", "weighted", {}),
         ("logistic_regression", "numbers", {}),
@@ -135,6 +142,7 @@ def test_every_exported_model_is_the_one_that_was_trained(name, kind, changes):
         assert np.ptp(expected, axis=0).max() > 0.01, "scores that do not differ"
 
 
+@pytest.mark.slow
 def test_rounded_products_are_exported_without_hints_for_one_compiler():
     config = running.tiny_config(**{"train.matmul_precision": "bfloat16"})
     vectors = np.ones((5, 8), np.float32)

@@ -237,6 +237,7 @@ def test_one_sweep_at_a_time(place):
         pass
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_told_and_tried_again(place):
     done = place.sweep("--set=data.validation_size=5000", name="prior")
     assert done.returncode == 1 and "Traceback" not in done.stderr

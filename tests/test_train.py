@@ -267,6 +267,7 @@ def test_six_epochs_and_three_kill_three_give_the_same_bits(tmp_path):
     assert a["metrics"] == b["metrics"] and a["epoch"] == b["epoch"]
 
 
+@pytest.mark.slow
 def test_averaged_weights_score_and_the_others_go_on(tmp_path):
     """What is saved as `params` is the average; a resumed run has the same bits."""
     changes = {"train.num_epochs": 3, "train.keep": 3, "optim.averaging": 0.9}
@@ -430,6 +431,7 @@ def test_patience_stops_a_run_and_keeps_the_best(tmp_path):
     assert kept == {row["epoch"], len(history)}
 
 
+@pytest.mark.slow
 def test_the_last_epoch_can_be_the_rule(tmp_path):
     config = running.tiny_config(
         **{"train.num_epochs": 2, "train.selection": "last", "train.eval_every": 2}
@@ -498,6 +500,7 @@ def test_a_row_of_weight_three_is_three_rows_of_a_step(reduction):
     assert abs(after["plain"][-1] - after["weighted"][-1]) > 1e-4
 
 
+@pytest.mark.slow
 def test_rows_in_parts_train_as_all_at_once(tmp_path, monkeypatch):
     """Two rows at a time: the same loss, parameters and scores."""
     config = running.tiny_config(**{"train.batch_size": 8, "train.num_epochs": 1})
