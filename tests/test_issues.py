@@ -53,7 +53,9 @@ def test_planted_flips_are_found_and_counted(kind, rate):
     ours, theirs = precision(found.wrong, wrong), precision(plain, wrong)
     assert found.related
     assert ours[0] > theirs[0] + 0.05 and ours[1] > theirs[1] + 0.05, (ours, theirs)
-    assert abs(found.expected / wrong.sum() - 1) < 0.25
+    # Related labels as evidence count some missing ones twice: 20 % too many for nar.
+    bound = 0.2 if kind == "ncar" else 0.25
+    assert abs(found.expected / wrong.sum() - 1) < bound
     assert wrong[found.doubtful].mean() > 0.6
     if kind == "nar":  # estimated rates are good enough to keep this
         blind = precision(find_label_issues(labels, scores).wrong, wrong)
