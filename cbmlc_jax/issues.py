@@ -47,8 +47,9 @@ FEWEST_PAIRS = 0.55  # of those foretold
 # Rows with more labels than foretold for reasons of their own look noisy, too: then the
 # mean of the rows' rates is not the common rate.
 MEAN_OFF = 0.25
-# At rates below these one kind of error would be impossible.
-LEAST_R0, LEAST_R1, MOST_R1 = 1e-5, 1e-3, 0.9
+# At rates below these one kind of error would be next to impossible.  100 to 400 anchors
+# that are all on say no more of r1 than that it is below about .01.
+LEAST_R0, LEAST_R1, MOST_R1 = 1e-5, 5e-3, 0.9
 CLIP = 1e-4  # scores nearer to 0 or 1 than this are not told apart
 FITTED = 2_000_000  # entries that the fit reads, about, at most
 STEPS, ENOUGH = 40, 1e-5
@@ -151,13 +152,15 @@ def find_label_issues(
 def estimated(
     scores: Float[np.ndarray, "rows labels"], on: Bool[np.ndarray, "rows labels"]
 ) -> Rates:
-    """Rates by `rates.estimate`, or where that is not reliable by `rates.anchored`.
+    """Rates by `rates.estimate`, also where it doubts them; else by `rates.anchored`.
 
     An order of issues needs less of the rates than a threshold does: a doubtful
-    estimate says which of the two kinds of error is the commoner one.
+    estimate says which of the two kinds of error is the commoner one.  Where there is
+    one it is used, because it knows of rows that got their last label back, as
+    `rates.anchored` does not.
     """
     found = rates_lib.estimate(scores, on)
-    if found.reliable:
+    if found.anchors:
         return found.rates
     r0, r1 = rates_lib.anchored(scores, on)
     return Rates(r0, r1, "estimated", found.reason)

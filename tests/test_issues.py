@@ -83,6 +83,23 @@ def test_labels_that_displace_each_other_are_no_evidence():
     assert precision(found.wrong, wrong)[1] > precision(abs(labels - scores), wrong)[1]
 
 
+def test_a_doubtful_estimate_is_better_than_anchors_that_were_refilled():
+    """Rows of one label keep it (keep_one), those of two lose one: most anchors are
+    lone labels, which say that no label is ever lost."""
+    clean, scores = simulated()
+    rows, topic = np.arange(len(clean)), scores.argmax(1)
+    lone = rows % 5 > 0
+    clean[lone] = 0
+    clean[rows, topic] = 1
+    scores[rows, topic] = np.where(lone, 0.999, 0.99)
+    labels = noisy(clean, "nar", 0.5)
+    realised = noise.realised(clean, labels)
+    found = issues.estimated(scores, labels != 0)
+    off = abs(found.r1 - realised.p10)
+    assert off < abs(issues.rates_lib.anchored(scores, labels)[1] - realised.p10)
+    assert found.doubt
+
+
 def test_labels_may_come_in_any_order():
     clean, scores = simulated(rows=300)
     labels = noisy(clean, "ncar", 0.05)
