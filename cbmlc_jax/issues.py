@@ -47,8 +47,8 @@ FEWEST_PAIRS = 0.55  # of those foretold
 # Rows with more labels than foretold for reasons of their own look noisy, too: then the
 # mean of the rows' rates is not the common rate.
 MEAN_OFF = 0.25
-# At rates below these one kind of error would be next to impossible.  100 to 400 anchors
-# that are all on say no more of r1 than that it is below about .01.
+# At rates below these one kind of error would be next to impossible.  100 to 400
+# anchors that are all on say no more of r1 than that it is below about .01.
 LEAST_R0, LEAST_R1, MOST_R1 = 1e-5, 5e-3, 0.9
 CLIP = 1e-4  # scores nearer to 0 or 1 than this are not told apart
 FITTED = 2_000_000  # entries that the fit reads, about, at most
