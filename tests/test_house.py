@@ -221,7 +221,7 @@ def test_readme_commands_parse():
     """Every command of the README names a file, a target and keys that exist."""
     commands = readme_commands()
     assert {"make demo", "make test"} <= set(commands) and len(commands) >= 6
-    targets = re.findall(r"^(\w+):", (running.ROOT / "Makefile").read_text(), re.M)
+    targets = re.findall(r"^([\w-]+):", (running.ROOT / "Makefile").read_text(), re.M)
     checked = []
     for command in commands:
         words = shlex.split(command, comments=True)
