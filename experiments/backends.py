@@ -1,4 +1,4 @@
-"""Where the runs of a sweep run: processes of this machine, or a Ray cluster.
+"""Where the runs of a sweep run: here, in processes of this machine, or on Ray.
 
 A backend has `capacity` (runs at a time), `start(job)`, `finished(timeout)`, which
 waits for runs to end and gives (job, error) with None for a success, and `stop()`.
@@ -6,12 +6,14 @@ waits for runs to end and gives (job, error) with None for a success, and `stop(
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import subprocess
 import sys
 import time
 
+from cbmlc_jax import errors
 from experiments import worker
 from experiments.ledger import SweepError
 
@@ -25,6 +27,43 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+class Here:
+    """This process, one run after another.
+
+    For notebooks: of a GPU or TPU that this process holds another one gets little or
+    nothing.  What is no mistake of the user is raised.
+    """
+
+    capacity = 1
+
+    def __init__(self):
+        self._ended: list[tuple[worker.Job, str | None]] = []
+
+    def start(self, job: worker.Job) -> None:
+        """Returns when the run has ended; its output is appended to job.log."""
+        from cbmlc_jax import fit  # imports JAX, which a sweep itself does without
+
+        config, error = worker.config(job), None
+        os.makedirs(job.folder, exist_ok=True)
+        with open(job.log, "a", encoding="utf8") as log:
+            try:
+                with contextlib.redirect_stdout(log):
+                    fit.train_and_evaluate(config, job.workdir, worker.command(job))
+            except Exception as exception:
+                if not errors.is_mistake(exception):
+                    raise
+                error = errors.sentence(exception)
+                print(f"error: {error}", file=log)
+        self._ended.append((job, error))
+
+    def finished(self, timeout: float) -> list[tuple[worker.Job, str | None]]:
+        ended, self._ended = self._ended, []
+        return ended
+
+    def stop(self) -> None:
+        """Nothing runs between the calls."""
 
 
 class Local:

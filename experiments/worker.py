@@ -13,10 +13,17 @@ import dataclasses
 import fcntl
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import threading
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from cbmlc_jax import config as config_lib
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _TAIL = 4096  # bytes of a log that an error is looked for in
@@ -63,6 +70,21 @@ def start(job: Job) -> subprocess.Popen:
             stderr=subprocess.STDOUT,
             env=os.environ | job.env,
         )
+
+
+def config(job: Job) -> ml_collections.ConfigDict:
+    """What main makes of the flags of a run."""
+    values, words = flags.FlagValues(), ["main", *job.flags]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=words)
+    values(words)
+    config_lib.settle(values.config, set(values["config"].override_values))
+    return values.config
+
+
+def command(job: Job) -> str:
+    """The command line that main would write into the row."""
+    words = [*job.flags, f"--workdir={job.workdir}"]
+    return "python -m cbmlc_jax.main " + shlex.join(words)
 
 
 def environment(threads: int) -> dict[str, str]:
