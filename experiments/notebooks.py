@@ -1,6 +1,6 @@
 """Executes the notebooks in a kernel; what they show stays in copies.
 
-    python -m experiments.notebooks --output=runs/notebooks [--fast] [NOTEBOOK.ipynb ...]
+    python -m experiments.notebooks --output=FOLDER [--fast] [NOTEBOOK.ipynb ...]
 
 Needs the package extra `notebooks`.  The notebooks themselves have no outputs.
 """
