@@ -1,11 +1,13 @@
 # make demo   install into .venv, train on the embedded data set with combined noise
 # make test   install into .venv, run the tests, but for some that take long
 # make test-all   run every test
+# make notebooks  execute the notebooks, copies to runs/notebooks; FAST=1: in short form
 PYTHON ?= python3
 VENV ?= .venv
 RUNS ?= runs
+FAST ?=
 
-.PHONY: demo test test-all lint
+.PHONY: demo test test-all notebooks lint
 
 # The stamp is renewed when the requirements or the Python change.
 STAMP = $(VENV)/installed-$(notdir $(PYTHON))
@@ -24,6 +26,10 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(VENV)/bin/python -m pytest --numprocesses=auto --maxprocesses=4
+
+notebooks: $(STAMP)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -e '.[notebooks]'
+	$(VENV)/bin/python -m experiments.notebooks --output=$(RUNS)/notebooks $(if $(FAST),--fast)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

@@ -439,3 +439,39 @@ def test_a_dry_run_lists_and_writes_nothing(place):
     assert len(lines) == 3 and "cost=0.01" in lines[0] and "num_epochs=7" in lines[1]
     assert lines[2] == "2 runs, and 1 with the hyper-parameters that they choose"
     assert not place.runs.exists() and not place.results.parent.exists()
+
+
+def test_runs_in_this_process(tmp_path, monkeypatch):
+    place = Place(tmp_path)
+
+    def run(**extra) -> sweep.Sweep:
+        name = f"{place.grid}:prior"
+        cells = grids.expand(name, *grids.load(name), cbmlc_jax.__version__, extra)
+        with ledger.locked(str(place.results.parent)):
+            book = ledger.Ledger(str(place.results))
+            found = sweep.Sweep(cells, book, backends.Here(), str(place.runs), 1)
+            found.run()
+        return found
+
+    run()
+    [row] = files.read_jsonl(str(place.results))
+    [log] = place.runs.glob("*.log")
+    workdir = str(log.with_suffix(""))
+    flags = ["--config.model.name=label_prior", "--config.noise.kind=none"]
+    assert row["command"].startswith(f"python -m cbmlc_jax.main --config={place.grid}")
+    assert set(flags) <= set(row["command"].split())
+    assert row["command"].endswith(f" --workdir={workdir}")
+    assert "label_prior on synthetic" in log.read_text()
+    assert not run().failed and len(files.read_jsonl(str(place.results))) == 1
+
+    broken = {"data.name": "own", "data.path": f"{tmp_path}/no-such.csv"}
+    [failure] = run(**broken).failed.values()
+    assert "no-such.csv" in failure["error"]
+    assert failure["error"] in pathlib.Path(failure["log"]).read_text()
+
+    def bug(*arguments):
+        return 1 / 0
+
+    monkeypatch.setattr(fit, "train_and_evaluate", bug)
+    with pytest.raises(ZeroDivisionError):
+        run(**{"train.batch_size": 16})
