@@ -23,6 +23,8 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 _SPARE = 8 << 20  # bytes beside the arrays: metadata, and the small files of a run
+# Of several processes the first alone opens checkpoints; Orbax would wait for all.
+_FIRST = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
 
 
 class CheckpointError(ValueError):
@@ -41,18 +43,23 @@ class Checkpoints:
         self.folder = os.path.abspath(folder)
         if read_only and not os.path.isdir(self.folder):
             raise CheckpointError(f"no checkpoints in {folder}: train there first")
+        if not read_only:
+            os.makedirs(self.folder, exist_ok=True)
+        arrays = ocp.StandardCheckpointHandler(multiprocessing_options=_FIRST)
+        rest = ocp.StandardCheckpointHandler(multiprocessing_options=_FIRST)
         self._manager = ocp.CheckpointManager(
             self.folder,
             item_handlers={
-                "params": ocp.StandardCheckpointHandler(),
-                "rest": ocp.StandardCheckpointHandler(),
-                "history": ocp.JsonCheckpointHandler(),
+                "params": arrays,
+                "rest": rest,
+                "history": ocp.JsonCheckpointHandler(multiprocessing_options=_FIRST),
             },
             options=ocp.CheckpointManagerOptions(
-                create=not read_only,
+                create=False,
                 read_only=read_only,
                 cleanup_tmp_directories=not read_only,
                 enable_async_checkpointing=False,
+                multiprocessing_options=_FIRST,
             ),
         )
 
@@ -67,6 +74,8 @@ class Checkpoints:
         Raises:
             CheckpointError: it could not be written, e.g. the disk is full.
         """
+        if jax.process_count() > 1:  # else Orbax takes them for parts of larger ones
+            params, rest = jax.device_get((params, rest))
         needed = sum(np.size(x) * x.dtype.itemsize for x in jax.tree.leaves(params))
         needed += sum(np.size(x) * x.dtype.itemsize for x in jax.tree.leaves(rest))
         free = shutil.disk_usage(self.folder).free

@@ -144,7 +144,7 @@ def base() -> ml_collections.ConfigDict:
     c.train.patience = 0  # evaluations without a better one before stopping; 0: never
     c.train.selection = "corrected_val"  # protocol that chooses the epoch, by miF1
     c.train.matmul_precision = "float32"  # bfloat16: rounded factors of products
-    c.train.num_devices = placeholder(int)  # default: all local devices
+    c.train.num_devices = placeholder(int)  # of each process; default: all
     c.train.crossfit = 0  # K: thresholds on K-fold scores of all training rows; 0: off
     c.train.progress = True
 

@@ -12,6 +12,7 @@ import dataclasses
 import os
 import time
 
+import jax
 import ml_collections
 import numpy as np
 
@@ -20,6 +21,8 @@ from cbmlc_jax import (
     evaluate,
     files,
     mixture,
+    models,
+    processes,
     rngs,
     systems,
     train,
@@ -38,12 +41,16 @@ def train_and_evaluate(config, workdir: str, command: str) -> dict | None:
 
     Raises:
         RunError: the workdir is of another config, or the loss is not finite.
-        CheckpointError, DataError, EmbeddingError: see there.
+        CheckpointError, DataError, EmbeddingError, ProcessError: see there.
     """
-    if not run_lib.claim(config, workdir):
+    _check_processes(config)
+    if not processes.of_first(lambda: run_lib.claim(config, workdir)):
         return None
-    row, text = complete(run_lib.Run(config, workdir), command)
-    print(text)
+    run = processes.first_then_others(lambda: run_lib.Run(config, workdir))
+    processes.check_equal("data set", run.task.dataset.fingerprint)
+    row, text = complete(run, command)
+    if processes.is_first():
+        print(text)
     return row
 
 
@@ -56,13 +63,41 @@ def complete(run: run_lib.Run, command: str) -> tuple[dict, str]:
     Raises:
         RunError, CheckpointError: see `train_and_evaluate`.
     """
-    workdir = run.workdir
-    run_lib.write_inputs(run)
+    if processes.is_first():
+        run_lib.write_inputs(run)
     if isinstance(run.system, systems.Mixture):
         run = _fit_members(run)
     elif run.config.train.crossfit:
         run = _cross_fit(run)
     history = fit(run)
+    return processes.of_first(lambda: _finish(run, history, command))
+
+
+def _check_processes(config) -> None:
+    """Several processes train one neural model, and all the same.
+
+    Raises:
+        ProcessError: see there.
+    """
+    if jax.process_count() == 1:
+        return
+    name, folds = config.model.name, config.train.crossfit
+    if name not in models.MODELS or folds:
+        raise processes.ProcessError(
+            f"config.model.name={name}, config.train.crossfit={folds}: several "
+            "processes train one neural model without cross-fitting; start one process"
+        )
+    settings = config_lib.flatten(config)
+    for key in config_lib.INCIDENTAL:
+        del settings[key]
+    processes.check_equal("config", settings)
+
+
+def _finish(
+    run: run_lib.Run, history: list[dict], command: str
+) -> tuple[dict, str]:
+    """Evaluates the chosen epoch and writes what a finished run leaves; see `complete`."""
+    workdir = run.workdir
     params, best, _ = run_lib.chosen_params(workdir, run.system.like)
     row, text, records = run.finish(params, history, best, command)
     files.write_atomic(os.path.join(workdir, "report.txt"), text)
@@ -73,6 +108,8 @@ def complete(run: run_lib.Run, command: str) -> tuple[dict, str]:
 
 def fit(run: run_lib.Run) -> list[dict]:
     """Fits what is not fitted yet into the run's checkpoints; returns the history."""
+    if not processes.is_first():
+        return train.fit(run, None)
     folder = os.path.join(run.workdir, "checkpoints")
     with contextlib.closing(checkpoints.Checkpoints(folder)) as store:
         if isinstance(run.system, systems.Mixture):

@@ -59,6 +59,9 @@ def define_flags() -> None:
     ways = ("none", "drop", "flip", "soft")
     what = "audit: write labels to train on, with the likely wrong ones so treated."
     flags.DEFINE_enum("apply", "none", ways, what)
+    text("coordinator", None, "train with others: host:port of process 0, or `auto`.")
+    flags.DEFINE_integer("num_processes", None, "train with others: how many.", 1)
+    flags.DEFINE_integer("process_id", None, "train with others: this one's, from 0.")
 
 
 def main(argv: list[str]) -> None:
@@ -66,6 +69,11 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise config_lib.ConfigError(f"unknown argument {argv[1]!r}")
     values = flags.FLAGS
+    if values.coordinator and values.mode != "train":
+        raise config_lib.ConfigError(
+            f"--coordinator is for --mode=train: start --mode={values.mode} in one "
+            "process"
+        )
     if not values["verbosity"].present:
         logging.set_verbosity(logging.FATAL)  # Orbax logs what it raises, too
     config = values.config
@@ -105,10 +113,14 @@ def main(argv: list[str]) -> None:
 
         run_lib.evaluate_checkpoint(workdir, config_lib.data_dir(config), command)
         return
-    from cbmlc_jax import fit, parallel
+    from cbmlc_jax import fit, parallel, processes
 
     parallel.keep_memory()
-    if fit.train_and_evaluate(config, workdir, command) is None:
+    if values.coordinator:
+        processes.join(values.coordinator, values.num_processes, values.process_id)
+    with processes.together():
+        done = fit.train_and_evaluate(config, workdir, command)
+    if done is None and processes.is_first():
         print(f"{workdir} holds a finished run: see report.txt there")
 
 

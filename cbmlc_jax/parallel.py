@@ -3,7 +3,8 @@
 A step function is written once, for its share of the global batch, and sums over the
 axis `axis` where there is one.  Its arguments are (carried, batch, constants): carried
 is replicated, every array of the batch is cut along its first axis, constants are the
-same everywhere.
+same everywhere.  Of several processes, each gives its own devices' part of a batch and
+sees its own devices' part of what comes out.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class Devices:
     """The devices of a run.
 
     Attributes:
-        devices: at least one.
+        devices: at least one; of several processes, equally many of each, in their
+            order.
         precision: of the matrix products that they will compute.
     """
 
@@ -71,16 +73,38 @@ class Devices:
     def local(
         cls, batch_size: int, limit: int | None = None, precision: str = "float32"
     ) -> Devices:
-        """All local devices, or the first `limit` of them.
+        """All devices of this process, or the first `limit` of them.
 
         Raises:
             DeviceError: they do not divide the batch size, or are fewer than `limit`.
         """
-        devices = tuple(jax.local_devices()[:limit])
-        if limit and len(devices) < limit:
+        return cls._of([jax.process_index()], batch_size, limit, precision)
+
+    @classmethod
+    def everywhere(
+        cls, batch_size: int, limit: int | None = None, precision: str = "float32"
+    ) -> Devices:
+        """As `local`, of every process.
+
+        Raises:
+            DeviceError: see `local`; or the processes have not equally many.
+        """
+        return cls._of(range(jax.process_count()), batch_size, limit, precision)
+
+    @classmethod
+    def _of(cls, processes, batch_size, limit, precision) -> Devices:
+        parts = [tuple(jax.local_devices(i)[:limit]) for i in processes]
+        counts = {len(part) for part in parts}
+        if limit and min(counts) < limit:
             raise DeviceError(
-                f"config.train.num_devices={limit}, but there are {len(devices)}"
+                f"config.train.num_devices={limit}, but there are {min(counts)}"
             )
+        if len(counts) > 1:
+            raise DeviceError(
+                "the processes have different numbers of devices: set "
+                f"config.train.num_devices={min(counts)}"
+            )
+        devices = sum(parts, ())
         if batch_size % len(devices):
             raise DeviceError(
                 f"a batch of {batch_size} rows cannot be cut over {len(devices)} "
@@ -88,6 +112,17 @@ class Devices:
                 f"multiples of {len(devices)}"
             )
         return cls(devices, precision)
+
+    @property
+    def mine(self) -> list[jax.Device]:
+        """Those of this process."""
+        return [d for d in self.devices if d.process_index == jax.process_index()]
+
+    def part(self, batch_size: int) -> slice:
+        """The rows of a global batch that this process computes."""
+        each, mine = batch_size // len(self.devices), self.mine
+        first = self.devices.index(mine[0])
+        return slice(first * each, (first + len(mine)) * each)
 
     @property
     def axis(self) -> str | None:
@@ -111,35 +146,32 @@ class Devices:
         )
 
     def replicate(self, tree: PyTree) -> PyTree:
-        """Copies a tree to every device."""
+        """Copies a tree to every device of this process."""
         if self.axis is None:
             return jax.device_put(tree, self.devices[0])
+        devices = np.array(self.mine)
+        mesh = jax.sharding.Mesh(devices, (AXIS,))
+        spec = jax.sharding.PartitionSpec(AXIS)
         stacked = jax.tree.map(
-            lambda x: np.broadcast_to(np.asarray(x), (len(self.devices), *np.shape(x))),
-            tree,
+            lambda x: np.broadcast_to(np.asarray(x), (len(devices), *np.shape(x))), tree
         )
-        return self._put(stacked)
+        return jax.device_put(stacked, jax.sharding.NamedSharding(mesh, spec))
 
     def first(self, tree: PyTree) -> PyTree:
         """One copy of a replicated tree."""
         return tree if self.axis is None else jax.tree.map(lambda x: x[0], tree)
 
     def shard(self, batch: dict[str, np.ndarray]) -> PyTree:
-        """Cuts [B, ...] into [devices, B / devices, ...]."""
+        """Cuts this process's [B, ...] into [devices, B / devices, ...]."""
         if self.axis is None:
             return batch
-        n = len(self.devices)
+        n = len(self.mine)
         return {k: v.reshape(n, len(v) // n, *v.shape[1:]) for k, v in batch.items()}
 
     def gather(self, array: jax.Array) -> np.ndarray:
         """[devices, B / devices, ...] back to [B, ...] on the host."""
         array = np.asarray(array)
         return array if self.axis is None else array.reshape(-1, *array.shape[2:])
-
-    def _put(self, stacked: PyTree) -> PyTree:
-        mesh = jax.sharding.Mesh(np.array(self.devices), (AXIS,))
-        spec = jax.sharding.PartitionSpec(AXIS)
-        return jax.device_put(stacked, jax.sharding.NamedSharding(mesh, spec))
 
 
 def total(tree: PyTree, axis: str | None) -> PyTree:

@@ -1,11 +1,15 @@
-"""Progress of a run: a bar on a terminal, plain lines elsewhere, or nothing."""
+"""Progress of a run: a bar on a terminal, plain lines elsewhere, or nothing; and what
+stays of it: metrics.jsonl and TensorBoard's events."""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 
 import tqdm
+
+from cbmlc_jax import files
 
 
 class Progress:
@@ -74,6 +78,49 @@ class Progress:
         """Ends the bar."""
         if self._bar is not None:
             self._bar.close()
+
+
+class Log:
+    """Tells of epochs, as they are done, in a workdir and to the eye.
+
+    Args:
+        workdir: None writes nothing.
+        history: of the epochs that were done before.
+        progress: is closed with the log.
+    """
+
+    def __init__(self, workdir: str | None, history: list[dict], progress: Progress):
+        self._progress, self._path, self._events = progress, None, None
+        if workdir is None:
+            return
+        from tensorboardX import SummaryWriter
+
+        self._path = os.path.join(workdir, "metrics.jsonl")
+        files.write_jsonl(self._path, history)
+        done = len(history)
+        self._events = SummaryWriter(workdir, purge_step=done + 1 if done else None)
+
+    def epoch(self, history: list[dict]) -> None:
+        """The last line of the history is new."""
+        if self._path is None:
+            return
+        line, write = history[-1], self._events.add_scalar
+        files.write_jsonl(self._path, history)
+        write("train/loss", line["loss"], line["epoch"])
+        selection = line["selection"]
+        if selection["score"] is not None:
+            name = f"validation/{selection['rule']}_miF1"
+            write(name, selection["score"], line["epoch"])
+        for name, value in line.get("mAP", {}).items():
+            write(f"mAP/{name}", value, line["epoch"])
+        self._events.flush()
+        self._progress.epoch(line)
+
+    def close(self) -> None:
+        """Ends the bar and the events' file."""
+        self._progress.close()
+        if self._events is not None:
+            self._events.close()
 
 
 def _duration(seconds: float) -> str:

@@ -47,7 +47,8 @@ class Neural:
 
     def __init__(self, config, meta: models.Meta, widths: list[int], graph):
         limit, precision = config.train.num_devices, config.train.matmul_precision
-        self.train_devices = Devices.local(config.train.batch_size, limit, precision)
+        batch_size = config.train.batch_size
+        self.train_devices = Devices.everywhere(batch_size, limit, precision)
         self._devices = Devices.local(config.eval.batch_size, limit, precision)
         self._batch_size, self._widths = config.eval.batch_size, widths
         self._workers = config.data.workers

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import os
 import time
 from collections.abc import Callable, Iterable
 
@@ -16,12 +15,12 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from cbmlc_jax import checkpoints, files, losses, optim, rngs, systems
+from cbmlc_jax import checkpoints, losses, optim, processes, rngs, systems
 from cbmlc_jax import run as run_lib
 from cbmlc_jax.data import pipeline
 from cbmlc_jax.models import BACKBONES, CONSTANT, OWN_OBJECTIVE, create_backbone
 from cbmlc_jax.parallel import gathered, mean, total
-from cbmlc_jax.progress import Progress
+from cbmlc_jax.progress import Log, Progress
 from cbmlc_jax.thresholds import Rates
 
 
@@ -256,18 +255,37 @@ def make_tx(config, steps_per_epoch: int) -> optax.GradientTransformation:
 
 
 def _start(
-    run: run_lib.Run, store: checkpoints.Checkpoints
+    run: run_lib.Run, store: checkpoints.Checkpoints | None
 ) -> tuple[TrainState, list[dict]]:
-    """A fresh state, or that of the newest checkpoint with its history."""
-    variables = run.system.init() if not store.epochs else run.system.like
+    """A fresh state, or that of the newest checkpoint with its history; in all
+    processes that of the first, which alone has a store."""
+    state, history = None, []
+    if store is None:  # of the right shapes
+        state = _fresh(run, jax.tree.map(jnp.zeros_like, run.system.like))
+    elif store.epochs:
+        state, history = _restored(run, store)
+    else:
+        state = _fresh(run, run.system.init())
+    return processes.tree_of_first(state), processes.of_first(lambda: history)
+
+
+def _fresh(run: run_lib.Run, variables: PyTree) -> TrainState:
     params, stats = variables["params"], variables.get("batch_stats", {})
     tx = make_tx(run.config, _steps_per_epoch(run))
+    step = jnp.zeros((), jnp.int32)
+    # A copy: the step is given the buffers of both.
+    averaging = run.config.optim.averaging
+    average = jax.tree.map(jnp.copy, params) if averaging else {}
+    return TrainState(step, params, stats, tx.init(params), average)
+
+
+def _restored(
+    run: run_lib.Run, store: checkpoints.Checkpoints
+) -> tuple[TrainState, list[dict]]:
+    variables = run.system.like
+    params = variables["params"]
+    tx = make_tx(run.config, _steps_per_epoch(run))
     averaging = bool(run.config.optim.averaging)
-    if not store.epochs:
-        step = jnp.zeros((), jnp.int32)
-        # A copy: the step is given the buffers of both.
-        average = jax.tree.map(jnp.copy, params) if averaging else {}
-        return TrainState(step, params, stats, tx.init(params), average), []
     newest = store.epochs[-1]
     like = checkpoints.abstract(jax.eval_shape(tx.init, params))
     step = checkpoints.abstract(jnp.zeros((), jnp.int32))
@@ -293,15 +311,17 @@ def _steps_per_epoch(run: run_lib.Run) -> int:
     return -(-len(run.task.train) // run.config.train.batch_size)
 
 
-def fit(run: run_lib.Run, store: checkpoints.Checkpoints) -> list[dict]:
+def fit(run: run_lib.Run, store: checkpoints.Checkpoints | None) -> list[dict]:
     """Trains the epochs that are left and saves them; returns the history of all.
+
+    Args:
+        run: its data and model.
+        store: of the run; None in all processes but the first.
 
     Raises:
         RunError: the loss is not finite, or cannot be corrected for these rates.
         CheckpointError: see there.
     """
-    from tensorboardX import SummaryWriter
-
     state, history = _start(run, store)
     config, task, devices = run.config, run.task, run.system.train_devices
     by_rate = config.loss.name == "forward" and not config.noise.by_row
@@ -330,55 +350,50 @@ def fit(run: run_lib.Run, store: checkpoints.Checkpoints) -> list[dict]:
         config.seed,
         epochs,
         augment=config.data.augment and task.train.inputs.decodes,
+        part=devices.part(config.train.batch_size),
     )
     # The position in the data is the number of steps, which the checkpoint holds.
     batches = pipeline.stream(source, done * steps_per_epoch, config.data.workers)
     state = devices.replicate(state)
-    metrics_path = os.path.join(run.workdir, "metrics.jsonl")
-    files.write_jsonl(metrics_path, history)
-    with (
-        contextlib.closing(
-            Progress(epochs, steps_per_epoch, done, config.train.progress)
-        ) as progress,
-        SummaryWriter(run.workdir, purge_step=done + 1 if done else None) as writer,
-    ):
+    workdir = run.workdir if store is not None else None
+    shown = config.train.progress and store is not None
+    progress = Progress(epochs, steps_per_epoch, done, shown)
+    with contextlib.closing(Log(workdir, history, progress)) as log:
         for epoch in range(done + 1, epochs + 1):
             if run.out_of_patience(history):
                 break
             start = time.perf_counter()
             ours = itertools.islice(batches, steps_per_epoch)
             state, loss = _epoch(run, step, state, constants, epoch, ours, progress)
-            seconds = time.perf_counter() - start
-            selection = _select(run, state, epoch)
-            line = {
-                "epoch": epoch,
-                "step": epoch * steps_per_epoch,
-                "loss": loss,
-                "selection": selection,
-                "examples_per_second": round(len(task.train) / seconds, 1),
-                "seconds": round(time.perf_counter() - start, 2),
-            }
-            if config.eval.curves and _due(run, epoch):
-                line["mAP"] = run.watch(devices.first(state.variables))
-            history = [*history, line]
-            files.write_jsonl(metrics_path, history)
-            writer.add_scalar("train/loss", loss, epoch)
-            if selection["score"] is not None:
-                name = f"validation/{selection['rule']}_miF1"
-                writer.add_scalar(name, selection["score"], epoch)
-            for name, value in line.get("mAP", {}).items():
-                writer.add_scalar(f"mAP/{name}", value, epoch)
-            writer.flush()
-            progress.epoch(line)
-            _save(run, store, state, history)
+            told = functools.partial(_line, run, state, epoch, loss, start)
+            history = [*history, processes.of_first(told)]
+            log.epoch(history)
+            if store is not None:
+                _save(run, store, state, history)
+            processes.wait()
     return history
 
 
-def _select(run: run_lib.Run, state: TrainState, epoch: int) -> dict:
-    """The selection score of an epoch that is to be evaluated, else None."""
-    if not _due(run, epoch):
-        return {"rule": run.config.train.selection, "score": None}
-    return run.select(run.system.train_devices.first(state.variables), epoch)
+def _line(
+    run: run_lib.Run, state: TrainState, epoch: int, loss: float, start: float
+) -> dict:
+    """What the history holds of an epoch; scores it where that is due."""
+    trained = time.perf_counter() - start
+    params = run.system.train_devices.first(state.variables)
+    selection = {"rule": run.config.train.selection, "score": None}
+    if _due(run, epoch):
+        selection = run.select(params, epoch)
+    line = {
+        "epoch": epoch,
+        "step": epoch * _steps_per_epoch(run),
+        "loss": loss,
+        "selection": selection,
+        "examples_per_second": round(len(run.task.train) / trained, 1),
+        "seconds": round(time.perf_counter() - start, 2),
+    }
+    if run.config.eval.curves and _due(run, epoch):
+        line["mAP"] = run.watch(params)
+    return line
 
 
 def _due(run: run_lib.Run, epoch: int) -> bool:

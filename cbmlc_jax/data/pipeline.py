@@ -239,23 +239,33 @@ class Batches:
         plan: of these rows.
         split: their labels, or None.
         random: row -> the generator that its augmentation draws from, or None.
+        part: the rows of each batch that are made.
     """
 
-    def __init__(self, inputs: Inputs, plan: Plan, split: Split | None, random=None):
+    def __init__(
+        self,
+        inputs: Inputs,
+        plan: Plan,
+        split: Split | None,
+        random=None,
+        part: slice = slice(None),
+    ):
         self.inputs, self._plan, self._split = inputs, plan, split
-        self._random = random
+        self._random, self._part = random, part
 
     def __len__(self) -> int:
         return len(self._plan)
 
     def __getitem__(self, number: int) -> dict[str, np.ndarray]:
         rows, width = self._plan.rows[number], self._plan.widths[number]
+        positions = np.arange(len(rows), dtype=np.uint32)[self._part]
+        rows = rows[self._part]
         mask = rows >= 0
         if self._random is None:
             batch = self.inputs.batch(rows, width)
         else:
             batch = self.inputs.augmented(rows, self._random)
-        batch |= {"mask": mask, "rows": np.arange(len(rows), dtype=np.uint32)}
+        batch |= {"mask": mask, "rows": positions}
         if self._split is not None:
             for name in ("labels", "ignored", "added", "sample_weight"):
                 values = getattr(self._split, name)
@@ -276,6 +286,7 @@ class Epochs:
         seed: of order and augmentation.
         epochs: passes over the rows.
         augment: draw crops anew in each epoch; for inputs that know how.
+        part: the rows of each batch that are made; the others are another process's.
     """
 
     def __init__(
@@ -286,8 +297,10 @@ class Epochs:
         seed: int,
         epochs: int,
         augment: bool = False,
+        part: slice = slice(None),
     ):
         self.inputs, self._split, self._batch_size = split.inputs, split, batch_size
+        self._part = part
         self._widths, self._seed, self._epochs = widths, seed, epochs
         self._augment, self._lengths = augment, split.inputs.lengths
         self._current: tuple[int, Batches] | None = None
@@ -309,7 +322,7 @@ class Epochs:
         random = None
         if self._augment:
             random = functools.partial(rngs.generator, self._seed, "augment", epoch)
-        return Batches(self.inputs, plan, self._split, random)
+        return Batches(self.inputs, plan, self._split, random, self._part)
 
 
 def stream(
