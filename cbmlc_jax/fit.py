@@ -93,10 +93,8 @@ def _check_processes(config) -> None:
     processes.check_equal("config", settings)
 
 
-def _finish(
-    run: run_lib.Run, history: list[dict], command: str
-) -> tuple[dict, str]:
-    """Evaluates the chosen epoch and writes what a finished run leaves; see `complete`."""
+def _finish(run: run_lib.Run, history: list[dict], command: str) -> tuple[dict, str]:
+    """Evaluates the chosen epoch; writes what a finished run leaves (`complete`)."""
     workdir = run.workdir
     params, best, _ = run_lib.chosen_params(workdir, run.system.like)
     row, text, records = run.finish(params, history, best, command)
