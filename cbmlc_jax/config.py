@@ -158,6 +158,9 @@ def base() -> ml_collections.ConfigDict:
     c.logistic_regression.cost = placeholder(
         float
     )  # C; default: the best of five on validation
+    c.kernel_ridge = ml_collections.ConfigDict()
+    c.kernel_ridge.penalty = placeholder(float)  # default: best of four on validation
+    c.kernel_ridge.scores_weight = 1.0  # of the label scores' kernel; 0: one stage
     c.lr_knn = ml_collections.ConfigDict()
     c.lr_knn.neighbours = placeholder(int)  # default 15, or 25 where there is noise
     c.lr_knn.vote = 0.3  # weight of the neighbours' vote
@@ -345,8 +348,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
         )
     if flat["noise.by_row"] and not _knows_rows(name, flat["loss.name"]):
         raise ConfigError(
-            "config.noise.by_row=True is for logistic_regression, lr_knn and neural "
-            f"models with config.loss.name=forward, not for {name} with "
+            "config.noise.by_row=True is for kernel_ridge, logistic_regression, lr_knn "
+            f"and neural models with config.loss.name=forward, not for {name} with "
             f"{flat['loss.name']}"
         )
     if flat["train.crossfit"] == 1:
@@ -357,8 +360,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
 
 def _knows_rows(name: str, loss: str) -> bool:
     """Whether a model is fitted with config.noise.by_row."""
-    linear = name in ("logistic_regression", "lr_knn")
-    return linear or (name in WITH_LOSS and loss == "forward")
+    alone = name in ("kernel_ridge", "logistic_regression", "lr_knn")
+    return alone or (name in WITH_LOSS and loss == "forward")
 
 
 def members(config: ml_collections.ConfigDict) -> tuple[str, ...]:

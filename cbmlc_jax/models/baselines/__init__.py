@@ -7,6 +7,7 @@ This registry is of those that are fitted in one call; the neural ones are in
 from __future__ import annotations
 
 from cbmlc_jax.models.baselines.estimator import Estimator
+from cbmlc_jax.models.baselines.kernel_ridge import KernelRidge
 from cbmlc_jax.models.baselines.label_prior import LabelPrior
 from cbmlc_jax.models.baselines.logistic_regression import LogisticRegression
 from cbmlc_jax.models.baselines.lr_knn import LRkNN
@@ -15,8 +16,10 @@ from cbmlc_jax.models.baselines.sleec import SLEEC
 
 # C of logistic regression, one of which validation chooses.
 COSTS = (0.1, 0.3, 1.0, 3.0, 10.0)
+# Of kernel ridge regression: the more noise, the larger the best one.
+PENALTIES = (1.0, 2.0, 4.0, 8.0)
 # Whose `fit` takes weights of rows.
-TAKES_WEIGHTS = ("logistic_regression", "lr_knn")
+TAKES_WEIGHTS = ("kernel_ridge", "logistic_regression", "lr_knn")
 # Settings and the estimator that has them.
 Candidates = list[tuple[dict[str, float], Estimator]]
 # Published with a rule of their own: a label holds where its score is above one half.
@@ -28,6 +31,15 @@ READS_IGNORED = ("logistic_regression", "lr_knn")
 def _costs(config) -> tuple[float, ...]:
     cost = config.logistic_regression.cost
     return COSTS if cost is None else (cost,)
+
+
+def _kernel_ridge(config) -> Candidates:
+    given = config.kernel_ridge
+    penalties = PENALTIES if given.penalty is None else (given.penalty,)
+    return [
+        ({"penalty": penalty}, KernelRidge(penalty, given.scores_weight))
+        for penalty in penalties
+    ]
 
 
 def _logistic_regression(config) -> Candidates:
@@ -51,6 +63,7 @@ def _sleec(config) -> Candidates:
 
 
 ESTIMATORS = {
+    "kernel_ridge": _kernel_ridge,
     "label_prior": lambda config: [({}, LabelPrior())],
     "logistic_regression": _logistic_regression,
     "lr_knn": _lr_knn,

@@ -72,6 +72,23 @@ class LRkNN:
         return (1 - self.vote) * ours + self.vote * theirs
 
 
+def trust(
+    added: Float[np.ndarray, " rows"], labels: UInt8[np.ndarray, "rows labels"]
+) -> Float[np.ndarray, " rows"]:
+    """1 / variance of (y - a) / (1 - a), over its largest value: float32 [N].
+
+    The variance is (a (1 - a) + m) / (1 - a)^2, with m the mean of (y - a) over all
+    entries.
+
+    Args:
+        added: [N] rates a of labels that were added to the rows.
+        labels: [N, L].
+    """
+    mean = max(float(labels.mean() - added.mean()), 1e-6)
+    found = (1 - added) ** 2 / (added * (1 - added) + mean)
+    return found / found.max()
+
+
 def cosine_vote(
     rows: Inputs,
     labels: UInt8[np.ndarray, "rows labels"],
@@ -85,8 +102,7 @@ def cosine_vote(
 
     With rates a_j of labels that were added to row j, its label counts as
     (y_j - a_j) / (1 - a_j), unbiased for a label that holds and was kept, and its
-    weight is divided by the variance of that, (a_j (1 - a_j) + m) / (1 - a_j)^2 with
-    m the mean of (y - a) over all entries; the mean is cut to [0, 1].
+    weight is multiplied by `trust`; the mean is cut to [0, 1].
 
     Args:
         rows: [N, F] training rows.
@@ -98,14 +114,12 @@ def cosine_vote(
         ignored: [N, L] labels that are not known: their row has no vote on them.
     """
     k = min(neighbours, rows.shape[0])
-    trust = np.ones(rows.shape[0], np.float32)
+    worth = np.ones(rows.shape[0], np.float32)
     if added is not None:
         a = np.asarray(added, np.float32)
-        m = max(float(labels.mean() - a.mean()), 1e-6)
-        trust = (1 - a) ** 2 / (a * (1 - a) + m)
-        trust /= trust.max()
+        worth = trust(a, labels)
     if weights is not None:
-        trust *= np.asarray(weights)
+        worth *= np.asarray(weights)
     index = NearestNeighbors(n_neighbors=k, metric="cosine", algorithm="brute")
     index.fit(rows)
     if ignored is not None:
@@ -118,7 +132,7 @@ def cosine_vote(
     votes = np.zeros((queries.shape[0], labels.shape[1]), np.float32)
     for start in range(0, queries.shape[0], _CHUNK):
         distance, nearest = index.kneighbors(queries[start : start + _CHUNK])
-        weight = np.clip(1 - distance, 0, 1).astype(np.float32) ** 2 * trust[nearest]
+        weight = np.clip(1 - distance, 0, 1).astype(np.float32) ** 2 * worth[nearest]
         ends = np.arange(0, weight.size + 1, k)
         chosen = scipy.sparse.csr_array(
             (weight.ravel(), nearest.ravel(), ends),
