@@ -2,12 +2,13 @@
 # make test   install into .venv, run the tests, but for some that take long
 # make test-all   run every test
 # make notebooks  execute the notebooks, copies to runs/notebooks; FAST=1: in short form
+# make docs   build the pages of docs/ into site/
 PYTHON ?= python3
 VENV ?= .venv
 RUNS ?= runs
 FAST ?=
 
-.PHONY: demo test test-all notebooks lint
+.PHONY: demo test test-all notebooks docs lint
 
 # The stamp is renewed when the requirements or the Python change.
 STAMP = $(VENV)/installed-$(notdir $(PYTHON))
@@ -30,6 +31,10 @@ test-all: $(STAMP)
 notebooks: $(STAMP)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -e '.[notebooks]'
 	$(VENV)/bin/python -m experiments.notebooks --output=$(RUNS)/notebooks $(if $(FAST),--fast)
+
+docs: $(STAMP)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .

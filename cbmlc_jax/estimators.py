@@ -132,12 +132,9 @@ class LinearKNNClassifier(Classifier):
         vote: its weight, in [0, 1]; 0 is logistic regression alone.
         crossfit: K: thresholds and C from K-fold scores of all rows; 0: from validation
             rows that are set aside.
-        validation_fraction, threshold, metric, noise_rates, random_state, verbose,
-            workdir, config_overrides: as of `CbMLCClassifier`.
         label_names: L strings, for what is saved.
 
-    Attributes:
-        As of `CbMLCClassifier`.
+    The other parameters, and the attributes, are those of `CbMLCClassifier`.
     """
 
     _model = "lr_knn"
