@@ -355,8 +355,13 @@ def _parse(argv: list[str]) -> list[str]:
         return flags.FLAGS(argv)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Entry point."""
     with errors.explained():
         with errors.in_flags():
             define_flags()
         app.run(main, flags_parser=_parse)
+
+
+if __name__ == "__main__":
+    run()
