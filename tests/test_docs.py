@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import documents
 import pytest
-import running
 
 
 @pytest.mark.parametrize("page", documents.PAGES, ids=lambda p: p.parent.name + p.name)
