@@ -71,6 +71,27 @@ def commands(text: str) -> Iterator[str]:
             yield f"python -m cbmlc_jax.main {code}"
 
 
+def links(page: pathlib.Path) -> Iterator[str]:
+    """The targets of a page's links to files of ours."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", _prose(page)):
+        if not re.match(r"\w+:", target):
+            yield target
+
+
+def anchors(page: pathlib.Path) -> set[str]:
+    """Names of a page's headings, as both GitHub and mkdocs make them."""
+    headings = re.findall(r"^#+ +(.*)$", _prose(page), re.M)
+    return {re.sub(r"\s", "-", re.sub(r"[^\w\s-]", "", h.lower())) for h in headings}
+
+
+def _prose(page: pathlib.Path) -> str:
+    """The text without its fenced blocks, with what it includes."""
+    text = _FENCE.sub("", page.read_text(encoding="utf8"))
+    for included in re.findall(r'^--8<-- "(.*)"$', text, re.M):
+        text += (running.ROOT / included).read_text(encoding="utf8")
+    return text
+
+
 def check(command: str) -> None:
     """Raises where a command names what is not there: a module, a target, an extra, a
     config file, a flag or a key; or where its settings contradict each other."""

@@ -88,15 +88,18 @@ def main(
 
 
 _FORKS = """
-import json, os, sys, tempfile
+import json, os, runpy, sys, tempfile
 from cbmlc_jax import main, run
-for words in json.load(sys.stdin):
+for module, *words in json.load(sys.stdin):
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         if not (child := os.fork()):
             os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
-            sys.argv = ["main", *words]
+            sys.argv = [module, *words]
             try:
-                main.run()
+                if module == "cbmlc_jax.main":
+                    main.run()
+                else:
+                    runpy.run_module(module, run_name="__main__", alter_sys=True)
             except SystemExit as end:
                 os._exit(end.code if isinstance(end.code, int) else bool(end.code))
             os._exit(0)
@@ -108,13 +111,20 @@ for words in json.load(sys.stdin):
 
 def mains(commands: list[list[str]]) -> list[subprocess.CompletedProcess]:
     """`main` for each list of arguments, in forks of one process that imports once."""
+    return modules([["cbmlc_jax.main", *words] for words in commands])
+
+
+def modules(
+    commands: list[list[str]], cwd: os.PathLike = ROOT
+) -> list[subprocess.CompletedProcess]:
+    """`python -m` for each list of a module and its arguments, in the same way."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", _FORKS],
         input=json.dumps(commands),
         capture_output=True,
         text=True,
         timeout=300,
-        cwd=ROOT,
+        cwd=cwd,
         env=environment(),
         check=True,
     )
