@@ -71,6 +71,12 @@ def commands(text: str) -> Iterator[str]:
             yield f"python -m cbmlc_jax.main {code}"
 
 
+def without_run(page: pathlib.Path) -> str:
+    """The text of a page without the blocks that the test runs."""
+    text = page.read_text(encoding="utf8")
+    return _FENCE.sub(lambda found: "" if found[1] else found[0], text)
+
+
 def links(page: pathlib.Path) -> Iterator[str]:
     """The targets of a page's links to files of ours."""
     for target in re.findall(r"\]\(([^)\s]+)\)", _prose(page)):

@@ -88,12 +88,15 @@ def main(
 
 
 _FORKS = """
-import json, os, runpy, sys, tempfile
+import json, os, runpy, signal, sys, tempfile
 from cbmlc_jax import main, run
-for module, *words in json.load(sys.stdin):
+for line in sys.stdin:
+    folder, module, *words = json.loads(line)
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         if not (child := os.fork()):
+            signal.alarm(300)
             os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
+            os.chdir(folder)
             sys.argv = [module, *words]
             try:
                 if module == "cbmlc_jax.main":
@@ -109,30 +112,36 @@ for module, *words in json.load(sys.stdin):
 """
 
 
+class Forks:
+    """`python -m` in forks of one process that imports once; a context."""
+
+    def __enter__(self) -> Forks:
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", _FORKS],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=environment(),
+        )
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._process.communicate()
+
+    def run(
+        self, *words: str, cwd: os.PathLike = ROOT
+    ) -> subprocess.CompletedProcess:
+        """A module and its arguments."""
+        print(json.dumps([str(cwd), *words]), file=self._process.stdin, flush=True)
+        answer = json.loads(self._process.stdout.readline())
+        return subprocess.CompletedProcess(words, *answer)
+
+
 def mains(commands: list[list[str]]) -> list[subprocess.CompletedProcess]:
-    """`main` for each list of arguments, in forks of one process that imports once."""
-    return modules([["cbmlc_jax.main", *words] for words in commands])
-
-
-def modules(
-    commands: list[list[str]], cwd: os.PathLike = ROOT
-) -> list[subprocess.CompletedProcess]:
-    """`python -m` for each list of a module and its arguments, in the same way."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", _FORKS],
-        input=json.dumps(commands),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd=cwd,
-        env=environment(),
-        check=True,
-    )
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    return [
-        subprocess.CompletedProcess(words, *parts)
-        for words, parts in zip(commands, found, strict=True)
-    ]
+    """`main` for each list of arguments."""
+    with Forks() as forks:
+        return [forks.run("cbmlc_jax.main", *words) for words in commands]
 
 
 def assert_one_sentence(done: subprocess.CompletedProcess, *parts: str) -> None:

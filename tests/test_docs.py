@@ -20,6 +20,7 @@ REGISTRIES = (
     baselines.ESTIMATORS,
     limits.CHOICES,
     limits.ENCODERS_OF,
+    limits.PUBLISHED,
     models.MODELS,
     pipeline.READERS,
 )
@@ -32,7 +33,7 @@ def name(page):
 
 @pytest.mark.parametrize("page", documents.PAGES, ids=name)
 def test_commands(page):
-    for command in documents.commands(page.read_text(encoding="utf8")):
+    for command in documents.commands(documents.without_run(page)):
         try:
             documents.check(command)
         except (Exception, SystemExit) as error:
@@ -42,7 +43,8 @@ def test_commands(page):
 def test_every_page_is_looked_at():
     """The commands are found at all, and Python is run or marked as not to be."""
     texts = [page.read_text(encoding="utf8") for page in documents.PAGES]
-    assert sum(len(list(documents.commands(text))) for text in texts) > 100
+    found = [command for text in texts for command in documents.commands(text)]
+    assert {"make demo", "make test"} <= set(found) and len(found) > 100
     assert {"docs/own_data.md", "docs/add_model.md"} <= set(map(name, RUN))
     for page in documents.PAGES:
         for block in documents.blocks(page):
@@ -50,35 +52,31 @@ def test_every_page_is_looked_at():
             assert block.run or not ours or block.language != "python", (page, block)
 
 
+@pytest.fixture(scope="module")
+def forks():
+    with running.Forks() as found:
+        yield found
+
+
 @pytest.mark.parametrize("page", RUN, ids=name)
-def test_blocks_run(page, tmp_path, monkeypatch):
-    """In their order and in one folder: Python in this process, which a page shares as
-    a notebook does, commands in processes of their own."""
+def test_blocks_run(page, tmp_path, monkeypatch, forks):
+    """In their order and in one folder: Python in this process, with the names of the
+    blocks before, commands in processes of their own."""
     monkeypatch.chdir(tmp_path)
     os.symlink(running.ROOT / "configs", "configs")
-    scope = {"__name__": page.stem}
+    scope = {"__name__": "__main__"}
     with contextlib.ExitStack() as stack:
         for registry in REGISTRIES:
             stack.enter_context(mock.patch.dict(registry))
-        waiting = []
         for block in [b for b in documents.blocks(page) if b.run]:
-            if block.language == "sh":
-                waiting += documents.commands(block.text)
+            if block.language == "python":
+                # Line numbers of a failure are those of the page.
+                code = "\n" * (block.line - 1) + block.text
+                exec(compile(code, page, "exec", dont_inherit=True), scope)  # noqa: S102
                 continue
-            run_commands(waiting, tmp_path)
-            waiting = []
-            # Line numbers of a failure are those of the page.
-            code = "\n" * (block.line - 1) + block.text
-            exec(compile(code, str(page), "exec"), scope)  # noqa: S102
-        run_commands(waiting, tmp_path)
-
-
-def run_commands(commands, folder):
-    if not commands:
-        return
-    words = [shlex.split(command)[2:] for command in commands]
-    for done in running.modules(words, cwd=folder):
-        assert done.returncode == 0, f"{shlex.join(done.args)}: {done.stderr}"
+            for command in documents.commands(block.text):
+                done = forks.run(*shlex.split(command)[2:], cwd=tmp_path)
+                assert done.returncode == 0, f"{command}: {done.stderr}"
 
 
 @pytest.mark.parametrize("page", documents.PAGES, ids=name)

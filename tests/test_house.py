@@ -1,13 +1,10 @@
-"""The structure: who imports whom, and that the README's commands are real."""
+"""The structure: who imports whom."""
 
 from __future__ import annotations
 
 import ast
 import pathlib
 import re
-import shlex
-import subprocess
-import sys
 
 import pytest
 import running
@@ -212,40 +209,3 @@ def test_nothing_names_a_machine():
     for path in running.ROOT.glob("**/*.py"):
         if ".venv" not in path.parts and path.name != "test_house.py":
             assert not re.search(r"[\"' ]/(work|root|home)/", path.read_text()), path
-
-
-def readme_commands() -> list[str]:
-    text = (running.ROOT / "README.md").read_text()
-    lines = re.findall(r"^ {4}(.*)$|`((?:python|make)[^`]*)`", text, re.M)
-    return [a or b for a, b in lines if (a or b).startswith(("python -m", "make "))]
-
-
-def test_readme_commands_parse():
-    """Every command of the README names a file, a target and keys that exist."""
-    commands = readme_commands()
-    assert {"make demo", "make test"} <= set(commands) and len(commands) >= 6
-    targets = re.findall(r"^([\w-]+):", (running.ROOT / "Makefile").read_text(), re.M)
-    checked = []
-    for command in commands:
-        words = shlex.split(command, comments=True)
-        if words[0] == "make":
-            assert words[1] in targets, command
-            continue
-        if words[:3] == ["python", "-m", "experiments.sweep"]:
-            listed = [sys.executable, *words[1:], "--dry_run"]
-            subprocess.run(listed, cwd=running.ROOT, check=True, capture_output=True)
-            continue
-        if words[:3] == ["python", "-m", "cbmlc_jax.serving"]:
-            command = [sys.executable, *words[1:], "--artefact=no-such"]
-            done = subprocess.run(
-                command, cwd=running.ROOT, capture_output=True, text=True
-            )
-            running.assert_one_sentence(done, "no-such is no artefact")
-            continue
-        assert words[:3] == ["python", "-m", "cbmlc_jax.main"], command
-        # A workdir without a run stops after the flags and the config were read.
-        options = [w for w in words[3:] if not w.startswith(("--workdir", "--mode"))]
-        checked.append([*options, "--mode=eval", "--workdir=no-such-run"])
-    assert len(checked) >= 4
-    for done in running.mains(checked):
-        running.assert_one_sentence(done, "no-such-run holds no run")
