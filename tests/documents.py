@@ -101,7 +101,7 @@ def _prose(page: pathlib.Path) -> str:
 def check(command: str) -> None:
     """Raises where a command names what is not there: a module, a target, an extra, a
     config file, a flag or a key; or where its settings contradict each other."""
-    words = shlex.split(command, comments=True)
+    words = [w for w in shlex.split(command, comments=True) if w != "--help"]
     if words[0] == "make":
         makefile = (running.ROOT / "Makefile").read_text()
         targets = re.findall(r"^([\w-]+):", makefile, re.M)

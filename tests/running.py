@@ -129,9 +129,7 @@ class Forks:
     def __exit__(self, *_) -> None:
         self._process.communicate()
 
-    def run(
-        self, *words: str, cwd: os.PathLike = ROOT
-    ) -> subprocess.CompletedProcess:
+    def run(self, *words: str, cwd: os.PathLike = ROOT) -> subprocess.CompletedProcess:
         """A module and its arguments."""
         print(json.dumps([str(cwd), *words]), file=self._process.stdin, flush=True)
         answer = json.loads(self._process.stdout.readline())
