@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 from unittest import mock
 
@@ -11,6 +12,7 @@ import documents
 import pytest
 import running
 
+from cbmlc_jax import config as config_lib
 from cbmlc_jax import limits, models
 from cbmlc_jax.data import pipeline
 from cbmlc_jax.models import baselines
@@ -38,6 +40,14 @@ def test_commands(page):
             documents.check(command)
         except (Exception, SystemExit) as error:
             raise AssertionError(f"{page.name}: {command}: {error}") from error
+
+
+@pytest.mark.parametrize("page", documents.PAGES, ids=name)
+def test_keys(page):
+    """Also where a flag stands alone in the text."""
+    known = {*config_lib.flatten(config_lib.base()), "KEY"}
+    text = page.read_text(encoding="utf8")
+    assert {k.rstrip(".") for k in re.findall(r"--config\.([\w.]+)", text)} <= known
 
 
 def test_every_page_is_looked_at():
