@@ -136,12 +136,6 @@ class Forks:
         return subprocess.CompletedProcess(words, *answer)
 
 
-def mains(commands: list[list[str]]) -> list[subprocess.CompletedProcess]:
-    """`main` for each list of arguments."""
-    with Forks() as forks:
-        return [forks.run("cbmlc_jax.main", *words) for words in commands]
-
-
 def assert_one_sentence(done: subprocess.CompletedProcess, *parts: str) -> None:
     """A user's mistake: status 1, one line that names the parts, no traceback."""
     assert done.returncode == 1, done.stdout + done.stderr
