@@ -159,8 +159,9 @@ def base() -> ml_collections.ConfigDict:
         float
     )  # C; default: the best of five on validation
     c.kernel_ridge = ml_collections.ConfigDict()
-    c.kernel_ridge.penalty = placeholder(float)  # default: best of four on validation
+    c.kernel_ridge.penalty = placeholder(float)  # default: best of two on validation
     c.kernel_ridge.scores_weight = 1.0  # of the label scores' kernel; 0: one stage
+    c.kernel_ridge.rounds = 2  # of fits to P(label holds), where there is noise
     c.lr_knn = ml_collections.ConfigDict()
     c.lr_knn.neighbours = placeholder(int)  # default 15, or 25 where there is noise
     c.lr_knn.vote = 0.3  # weight of the neighbours' vote

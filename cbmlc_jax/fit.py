@@ -131,6 +131,9 @@ def _search(run: run_lib.Run, store: checkpoints.Checkpoints) -> list[dict]:
     if split.ignored is not None and run.config.model.name in baselines.READS_IGNORED:
         given["ignored"] = split.ignored
     given |= _weights(run)
+    rates = run.task.rates
+    if run.config.model.name in baselines.TAKES_RATES and rates.usable:
+        given["rates"] = rates.r0, rates.r1
     history, best = [], None
     for number, (settings, estimator) in enumerate(run.system.candidates, 1):
         start = time.perf_counter()

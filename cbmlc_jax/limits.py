@@ -116,6 +116,7 @@ RANGES = {
     "logistic_regression.cost": (1e-6, 1e6),
     "kernel_ridge.penalty": (1e-6, 1e6),
     "kernel_ridge.scores_weight": (0.0, None),
+    "kernel_ridge.rounds": (0, None),
     "lr_knn.neighbours": (1, None),
     "lr_knn.vote": (0.0, 1.0),
     "mlknn.neighbours": (1, None),

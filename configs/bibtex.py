@@ -55,5 +55,21 @@ GRIDS = {
     "paper": grids.paper(
         ["mlknn", "sleec", "seq2seq", "lamp", "mpvae", *grids.linear(5)]
     ),
+    # Estimated rates throughout: what somebody without clean labels would get.
+    "noisy": [
+        grids.Block(
+            [
+                {
+                    "model.name": name,
+                    "train.crossfit": 5,
+                    "noise.known": False,
+                    "noise.by_row": True,
+                }
+                for name in ("kernel_ridge", "lr_knn")
+            ],
+            grids.ONE_OF_EACH,
+            seeds=range(5),
+        )
+    ],
     "small": grids.small("fast", [{"model.name": "mlknn"}, *grids.linear(5)]),
 }

@@ -119,3 +119,59 @@ def test_nothing_known_of_a_row_gives_finite_scores():
     found = model.scores(model.fit(sparse, labels), sparse)
     assert np.isfinite(found).all() and found.shape == labels.shape
     assert model.scores(model.fit(sparse, labels * 0), sparse).max() < 1e-6
+
+
+def noisy(labels, r0, r1, seed=4):
+    draw = rngs.generator(seed, "noisy").random(labels.shape)
+    return np.where(labels, draw >= r1, draw < r0).astype(np.uint8)
+
+
+def test_the_posterior_is_the_share_of_labels_that_hold():
+    """Entries of known probability e, made noisy: Bayes' rule, and its calibration."""
+    draw = rngs.generator(5, "posterior")
+    e = np.round(draw.random((4000, 20)) ** 4, 2)
+    truth = (draw.random(e.shape) < e).astype(np.uint8)
+    r0, r1 = 0.05, 0.3
+    given = noisy(truth, r0, r1)
+    # Any increasing function of e is as good a score.
+    found = kernel_ridge.posterior(e**3 - 7, given, np.float32(r0), np.float32(r1))
+    on = (1 - r1) * e / ((1 - r1) * e + r0 * (1 - e))
+    off = r1 * e / (r1 * e + (1 - r0) * (1 - e))
+    error = np.abs(found - np.where(given, on, off))
+    assert error.mean() < 0.01 and error.max() < 0.12
+    for low in (0.0, 0.2, 0.4, 0.6, 0.8):
+        within = (found >= low) & (found < low + 0.2)
+        assert abs(truth[within].mean() - found[within].mean()) < 0.02
+    half = kernel_ridge.posterior(e, np.full(e.shape, 0.5, np.float32), r0, r1)
+    both = [kernel_ridge.posterior(e, given * 0 + y, r0, r1) for y in (0, 1)]
+    assert half.shape == both[0].shape and (half > 0).all()
+
+
+def test_without_noise_the_labels_are_their_posterior():
+    labels = rows_and_labels()[1]
+    scores = rngs.generator(6, "scores").random(labels.shape)
+    zero = np.float32(0)
+    np.testing.assert_array_equal(
+        kernel_ridge.posterior(scores, labels, zero, zero), labels
+    )
+
+
+def test_rounds_help_where_labels_are_noisy():
+    inputs, labels = rows_and_labels(rows=1200)
+    given = scipy.sparse.csr_array(inputs)
+    seen = noisy(labels[:800], 0.2, 0.3)
+    found = []
+    for rounds in (0, 1, 2):
+        model = KernelRidge(penalty=4.0, rounds=rounds)
+        scores = model.scores(
+            model.fit(given[:800], seen, rates=(0.2, 0.3)), given[800:]
+        )
+        found.append(best(scores, labels[800:]))
+    assert found[1] > found[0] + 0.003 and found[2] > found[0] + 0.003, found
+    # They are probabilities of labels that hold, not of given ones.
+    assert abs(scores.mean() - labels.mean()) < 0.05
+    # Without rates there is nothing to repeat.
+    plain, same = (
+        KernelRidge(penalty=4.0, rounds=r).fit(given[:800], seen) for r in (0, 2)
+    )
+    np.testing.assert_array_equal(plain["second"], same["second"])

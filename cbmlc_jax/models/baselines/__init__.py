@@ -17,9 +17,11 @@ from cbmlc_jax.models.baselines.sleec import SLEEC
 # C of logistic regression, one of which validation chooses.
 COSTS = (0.1, 0.3, 1.0, 3.0, 10.0)
 # Of kernel ridge regression: the more noise, the larger the best one.
-PENALTIES = (1.0, 2.0, 4.0, 8.0)
+PENALTIES = (1.0, 4.0)
 # Whose `fit` takes weights of rows.
 TAKES_WEIGHTS = ("kernel_ridge", "logistic_regression", "lr_knn")
+# Whose `fit` takes the noise rates (r0, r1) of the labels.
+TAKES_RATES = ("kernel_ridge",)
 # Settings and the estimator that has them.
 Candidates = list[tuple[dict[str, float], Estimator]]
 # Published with a rule of their own: a label holds where its score is above one half.
@@ -37,7 +39,7 @@ def _kernel_ridge(config) -> Candidates:
     given = config.kernel_ridge
     penalties = PENALTIES if given.penalty is None else (given.penalty,)
     return [
-        ({"penalty": penalty}, KernelRidge(penalty, given.scores_weight))
+        ({"penalty": penalty}, KernelRidge(penalty, given.scores_weight, given.rounds))
         for penalty in penalties
     ]
 

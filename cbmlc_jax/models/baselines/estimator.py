@@ -27,6 +27,7 @@ class Estimator(Protocol):
 
         Those that config.noise.by_row may ask also take `added` [N], see `Split`, and
         those of `baselines.TAKES_WEIGHTS` `weights` float32 [N]; not both at once.
+        Those of `baselines.TAKES_RATES` take `rates`, r0 and r1 of the labels.
         """
 
     def scores(
