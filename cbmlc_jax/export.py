@@ -19,6 +19,7 @@ import cbmlc_jax
 from cbmlc_jax import artefact, files, models, predict, results, rules
 from cbmlc_jax.decision import Decision
 from cbmlc_jax.models import ops
+from cbmlc_jax.models.baselines import kernel_ridge, lr_knn
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 _EXACT = jax.lax.Precision.HIGHEST
@@ -193,43 +194,89 @@ def _label_prior(predictor: predict.Predictor):
 def _lr_knn(predictor: predict.Predictor):
     """`LRkNN.scores` in jax; the stored rows stay sparse."""
     size, estimator = predictor.meta.num_features, predictor.system.candidates[0][1]
-    weights = _float32(predictor.params)
-    if "rows/dense" not in weights:
-        lengths = np.diff(weights.pop("rows/indptr"))
-        weights["rows/row"] = np.repeat(
-            np.arange(len(lengths), dtype=np.int32), lengths
-        )
-        weights["rows/indices"] = weights["rows/indices"].astype(np.int32)
-        del weights["rows/shape"]
-    stored = len(weights["labels"])
+    params = predictor.params
+    labels, known, worth = lr_knn.voters(
+        params["labels"],
+        *(params.get(name) for name in ("added", "weights", "ignored")),
+    )
+    weights = _float32({"linear": params["linear"], "rows": params["rows"]})
+    weights = _listed(weights) | {"labels": labels, "worth": worth}
+    if known is not None:
+        weights["known"] = known
+    stored = len(labels)
     neighbours = min(estimator.neighbours, stored)
 
     def score(weights, batch):
         z = _rescaled(weights, batch, size, "linear/scale/")
         ours = _regression(weights, z, "linear/")
-        z /= jnp.maximum(jnp.linalg.norm(z, axis=1, keepdims=True), 1e-30)
-        if "rows/dense" in weights:
-            rows = weights["rows/dense"]
-            norm = jnp.linalg.norm(rows, axis=1, keepdims=True)
-            rows = rows / jnp.where(norm > 0, norm, 1)
-            cosine = jnp.matmul(z, rows.T, precision=_EXACT)
-        else:
-            terms = z.T[weights["rows/indices"]] * weights["rows/data"][:, None]
-            cosine = jax.ops.segment_sum(
-                terms, weights["rows/row"], stored, indices_are_sorted=True
-            ).T
-        nearest, chosen = jax.lax.top_k(cosine, neighbours)
-        weight = jnp.clip(nearest, 0, 1) ** 2
-        votes = jnp.einsum(
-            "bk,bkl->bl",
-            weight,
-            weights["labels"][chosen].astype(jnp.float32),
-            precision=_EXACT,
-        )
-        total = jnp.maximum(weight.sum(1, keepdims=True), 1e-12)
-        return (1 - estimator.vote) * ours + estimator.vote * votes / total
+        nearest, chosen = jax.lax.top_k(_cosines(weights, z, stored), neighbours)
+        weight = jnp.clip(nearest, 0, 1) ** 2 * weights["worth"][chosen]
+
+        def summed(values):
+            values = values[chosen].astype(jnp.float32)
+            return jnp.einsum("bk,bkl->bl", weight, values, precision=_EXACT)
+
+        total = weight.sum(1, keepdims=True)
+        if "known" in weights:
+            total = summed(weights["known"])
+        votes = summed(weights["labels"]) / jnp.maximum(total, 1e-12)
+        return (1 - estimator.vote) * ours + estimator.vote * jnp.clip(votes, 0, 1)
 
     return weights, score
+
+
+def _kernel_ridge(predictor: predict.Predictor):
+    """`KernelRidge.scores` in jax; the stored rows stay sparse."""
+    size, estimator = predictor.meta.num_features, predictor.system.candidates[0][1]
+    weights = _listed(_float32(predictor.params))
+    stored = len(weights["first"])
+
+    def product(a, b):
+        return jnp.matmul(a, b, precision=_EXACT)
+
+    def score(weights, batch):
+        z = _rescaled(weights, batch, size, "scale/")
+        cosine = _cosines(weights, z, stored)
+        kernel = cosine + kernel_ridge.SQUARE * cosine**2
+        scores = weights["mean"][None] + product(kernel, weights["first"])
+        if "second" in weights:
+            above = jnp.maximum(scores - weights["level"], 0)
+            norm = jnp.linalg.norm(above, axis=1, keepdims=True)
+            units = above / jnp.where(norm > 0, norm, 1)
+            near = product(units, weights["units"].T) ** 2
+            kernel += estimator.scores_weight * near
+            scores = weights["mean"][None] + product(kernel, weights["second"])
+        return jnp.clip(scores, 0, 1)
+
+    return weights, score
+
+
+def _listed(weights: Weights) -> Weights:
+    """Packed sparse rows, with the row of each number in the place of the ends."""
+    if "rows/dense" in weights:
+        return weights
+    weights = dict(weights)
+    lengths = np.diff(weights.pop("rows/indptr"))
+    weights["rows/row"] = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
+    weights["rows/indices"] = weights["rows/indices"].astype(np.int32)
+    del weights["rows/shape"]
+    return weights
+
+
+def _cosines(
+    weights: Weights, z: Float[Array, "batch features"], stored: int
+) -> Float[Array, "batch stored"]:
+    """Cosines of rows with the stored ones, of which sparse ones are of length 1."""
+    z /= jnp.maximum(jnp.linalg.norm(z, axis=1, keepdims=True), 1e-30)
+    if "rows/dense" in weights:
+        rows = weights["rows/dense"]
+        norm = jnp.linalg.norm(rows, axis=1, keepdims=True)
+        rows = rows / jnp.where(norm > 0, norm, 1)
+        return jnp.matmul(z, rows.T, precision=_EXACT)
+    terms = z.T[weights["rows/indices"]] * weights["rows/data"][:, None]
+    return jax.ops.segment_sum(
+        terms, weights["rows/row"], stored, indices_are_sorted=True
+    ).T
 
 
 def _rescaled(
@@ -256,6 +303,7 @@ def _regression(weights: Weights, z: Array, prefix: str) -> Array:
 
 
 ESTIMATORS = {
+    "kernel_ridge": _kernel_ridge,
     "label_prior": _label_prior,
     "logistic_regression": _linear,
     "lr_knn": _lr_knn,

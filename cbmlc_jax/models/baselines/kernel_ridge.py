@@ -16,7 +16,7 @@ from cbmlc_jax.models.baselines.lr_knn import trust
 
 MOST_ROWS = 20_000  # four matrices of N x N float32: 6.4 GB
 _CHUNK = 4096  # query rows at once
-_SQUARE = 2.0  # of the squared cosine in the kernel
+SQUARE = 2.0  # of the squared cosine in the kernel
 _LATER = 2.0  # penalty of the second stage over that of the first
 _LEAST = 1e-3  # no row's trust is less
 _GROUP = 64  # entries of like score that calibration takes together
@@ -215,7 +215,7 @@ def _of_inputs(rows: Inputs, others: Inputs) -> Float[np.ndarray, "rows others"]
     """k_1, float32."""
     cosine = rows @ others.T
     cosine = cosine if isinstance(cosine, np.ndarray) else cosine.toarray()
-    return cosine + np.float32(_SQUARE) * np.square(cosine)
+    return cosine + np.float32(SQUARE) * np.square(cosine)
 
 
 def _penalised(

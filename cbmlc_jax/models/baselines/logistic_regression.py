@@ -140,7 +140,9 @@ def _fit_added(rows, labels, added, ignored, cost, varying, found) -> None:
     def block(some: np.ndarray) -> None:
         on = labels[:, some] != 0
         sign = np.where(on, np.float32(1), np.float32(-1)) * (1 - a)
-        counts = np.float32(1) if ignored is None else ~ignored[:, some]
+        counts = np.float32(1)
+        if ignored is not None:
+            counts = (~ignored[:, some]).astype(np.float32)
         floor = np.maximum(np.where(on, a, 1 - a), np.float32(_LEAST))
         start = np.zeros((rows.shape[1] + 1, len(some)), np.float32)
         share = np.clip((on.mean(0) - a.mean()) / (1 - a.mean()), _LEAST, 1 - _LEAST)

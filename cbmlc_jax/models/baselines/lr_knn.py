@@ -114,21 +114,13 @@ def cosine_vote(
         ignored: [N, L] labels that are not known: their row has no vote on them.
     """
     k = min(neighbours, rows.shape[0])
-    worth = np.ones(rows.shape[0], np.float32)
-    if added is not None:
-        a = np.asarray(added, np.float32)
-        worth = trust(a, labels)
-    if weights is not None:
-        worth *= np.asarray(weights)
+    given, known, worth = voters(labels, added, weights, ignored)
+    if added is None:
+        given = scipy.sparse.csr_array(given.astype(np.float32))
+    if known is not None:
+        known = known.astype(np.float32)
     index = NearestNeighbors(n_neighbors=k, metric="cosine", algorithm="brute")
     index.fit(rows)
-    if ignored is not None:
-        labels = np.where(ignored, 0, labels)
-    given = scipy.sparse.csr_array(labels.astype(np.float32))
-    if added is not None:
-        given = scipy.sparse.diags_array(1 / (1 - a)) @ given
-    if ignored is not None:
-        unknown = scipy.sparse.csr_array(np.asarray(ignored, np.float32))
     votes = np.zeros((queries.shape[0], labels.shape[1]), np.float32)
     for start in range(0, queries.shape[0], _CHUNK):
         distance, nearest = index.kneighbors(queries[start : start + _CHUNK])
@@ -138,14 +130,34 @@ def cosine_vote(
             (weight.ravel(), nearest.ravel(), ends),
             shape=(len(weight), rows.shape[0]),
         )
-        vote, total = (chosen @ given).toarray(), weight.sum(1, keepdims=True)
-        if added is not None:
-            vote = vote - (chosen @ (a / (1 - a)))[:, None]
-        if ignored is not None:
-            total = total - (chosen @ unknown).toarray()
-            if added is not None:
-                vote += (
-                    chosen @ (scipy.sparse.diags_array(a / (1 - a)) @ unknown)
-                ).toarray()
+        vote = chosen @ given
+        vote = vote if isinstance(vote, np.ndarray) else vote.toarray()
+        total = weight.sum(1, keepdims=True) if known is None else chosen @ known
         votes[start : start + _CHUNK] = np.clip(vote / np.maximum(total, 1e-12), 0, 1)
     return votes
+
+
+def voters(
+    labels: UInt8[np.ndarray, "rows labels"],
+    added: Float[np.ndarray, " rows"] | None,
+    weights: Float[np.ndarray, " rows"] | None,
+    ignored: Bool[np.ndarray, "rows labels"] | None,
+) -> tuple[np.ndarray, np.ndarray | None, Float[np.ndarray, " rows"]]:
+    """What the training rows say in a vote, all as in `cosine_vote`.
+
+    Returns:
+        Their labels [N, L], corrected for what was added, 0 where not known; bool
+        [N, L] of those that are known, None where all are; and their weights [N].
+    """
+    worth = np.ones(len(labels), np.float32)
+    given, known = np.asarray(labels), None
+    if added is not None:
+        a = np.asarray(added, np.float32)[:, None]
+        worth = trust(a[:, 0], given)
+        given = (given.astype(np.float32) - a) / (1 - a)
+    if weights is not None:
+        worth = worth * np.asarray(weights, np.float32)
+    if ignored is not None:
+        known = ~np.asarray(ignored)
+        given = np.where(known, given, 0)
+    return given, known, worth
