@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 # Name -> its module, imported when the name is first used: `import cbmlc_jax` is quick.
 _LAZY = {
     "CbMLCClassifier": "estimators",
+    "KernelRidgeClassifier": "estimators",
     "LinearKNNClassifier": "estimators",
     "find_label_issues": "issues",
 }

@@ -179,3 +179,64 @@ class LinearKNNClassifier(Classifier):
 
     def _values(self) -> dict[str, object]:
         return {}
+
+
+class KernelRidgeClassifier(Classifier):
+    """Kernel ridge regression (kernel_ridge), for up to 20,000 rows, in minutes.
+
+    It reads the noise rates: see `models.baselines.kernel_ridge.KernelRidge`.
+
+    Args:
+        penalty: of the fit to the labels as they are; None: the better of 1 and 4 on
+            validation.
+        scores_weight: of the kernel of label scores; 0 leaves that stage out.
+        rounds: of fits to the probability that a label holds, where there is noise.
+        crossfit: K: thresholds and penalty from K-fold scores of all rows; 0: from
+            validation rows that are set aside.
+        label_names: L strings, for what is saved.
+
+    The other parameters, and the attributes, are those of `CbMLCClassifier`.
+    """
+
+    _model = "kernel_ridge"
+    _KEYS: ClassVar = {
+        "penalty": "kernel_ridge.penalty",
+        "scores_weight": "kernel_ridge.scores_weight",
+        "rounds": "kernel_ridge.rounds",
+        "crossfit": "train.crossfit",
+        "validation_fraction": "data.validation_fraction",
+    }
+
+    def __init__(
+        self,
+        *,
+        penalty=None,
+        scores_weight=1.0,
+        rounds=2,
+        crossfit=5,
+        validation_fraction=0.1,
+        threshold="corrected_val",
+        metric="miF1",
+        noise_rates="estimate",
+        label_names=None,
+        random_state=None,
+        verbose=False,
+        workdir=None,
+        config_overrides=None,
+    ):
+        self.penalty = penalty
+        self.scores_weight = scores_weight
+        self.rounds = rounds
+        self.crossfit = crossfit
+        self.validation_fraction = validation_fraction
+        self.threshold = threshold
+        self.metric = metric
+        self.noise_rates = noise_rates
+        self.label_names = label_names
+        self.random_state = random_state
+        self.verbose = verbose
+        self.workdir = workdir
+        self.config_overrides = config_overrides
+
+    def _values(self) -> dict[str, object]:
+        return {}

@@ -23,7 +23,14 @@ from sklearn.utils.estimator_checks import (
     parametrize_with_checks,
 )
 
-from cbmlc_jax import CbMLCClassifier, LinearKNNClassifier, files, fit, predict
+from cbmlc_jax import (
+    CbMLCClassifier,
+    KernelRidgeClassifier,
+    LinearKNNClassifier,
+    files,
+    fit,
+    predict,
+)
 from cbmlc_jax import config as config_lib
 from cbmlc_jax.data import synthetic
 from cbmlc_jax.data.dataset import Dense
@@ -44,6 +51,11 @@ def linear(**changes) -> LinearKNNClassifier:
     return LinearKNNClassifier(**settings | changes)
 
 
+def kernel(**changes) -> KernelRidgeClassifier:
+    settings = {"penalty": 1.0, "crossfit": 0, "noise_rates": None, "random_state": 0}
+    return KernelRidgeClassifier(**settings | changes)
+
+
 def neural(**changes) -> CbMLCClassifier:
     settings = {
         "epochs": 2,
@@ -57,6 +69,7 @@ def neural(**changes) -> CbMLCClassifier:
     return CbMLCClassifier(**settings | changes)
 
 
+ALL = pytest.mark.parametrize("make", [linear, kernel, neural])
 BOTH = pytest.mark.parametrize("make", [linear, neural])
 
 
@@ -115,7 +128,7 @@ def test_all_chosen_checks_exist():
     assert {p.id for p in _chosen()} == set(CHOSEN)
 
 
-@BOTH
+@ALL
 def test_an_estimator_is_what_main_trains(make, tmp_path):
     """The same scores and thresholds as a run of main on the same rows in files."""
     rng = np.random.default_rng(0)

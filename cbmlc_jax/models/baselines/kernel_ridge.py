@@ -133,9 +133,8 @@ class KernelRidge:
         if again:
             second, seen = leave_one_out(both, targets, mean, doubt)
         else:
-            second = scipy.linalg.solve(
-                _penalised(both, doubt), targets - mean, assume_a="pos"
-            )
+            factor = _factor(both, doubt)
+            second = scipy.linalg.cho_solve((factor, True), targets - mean)
         found = {"mean": mean, "first": first, "level": level, "units": units}
         return found | {"second": second}, seen
 
@@ -172,8 +171,10 @@ def leave_one_out(
 
     s_i is exactly what the regression on the other rows gives, with this mean.
     """
-    inverse = np.linalg.inv(_penalised(kernel, doubt))
-    coefficients = inverse @ (targets - mean)
+    factor = _factor(kernel, doubt)
+    coefficients = scipy.linalg.cho_solve((factor, True), targets - mean)
+    invert = scipy.linalg.lapack.get_lapack_funcs("potri", (factor,))
+    inverse, _ = invert(factor, lower=True, overwrite_c=True)
     return coefficients, targets - coefficients / np.diag(inverse)[:, None]
 
 
@@ -218,12 +219,13 @@ def _of_inputs(rows: Inputs, others: Inputs) -> Float[np.ndarray, "rows others"]
     return cosine + np.float32(SQUARE) * np.square(cosine)
 
 
-def _penalised(
+def _factor(
     kernel: Float[np.ndarray, "n n"], doubt: Float[np.ndarray, " n"]
 ) -> Float[np.ndarray, "n n"]:
-    matrix = kernel.copy()
+    """Lower Cholesky factor of K + diag(doubt)."""
+    matrix = kernel.copy(order="F")  # in the order of LAPACK: no further copy
     matrix[np.diag_indices(len(matrix))] += doubt
-    return matrix
+    return scipy.linalg.cholesky(matrix, lower=True, overwrite_a=True)
 
 
 def _direction(
