@@ -136,11 +136,7 @@ class Checkpoints:
             with _one_error():
                 return self._manager.restore(epoch, args=ocp.args.Composite(**items))
         except Exception as error:
-            raise CheckpointError(
-                f"the checkpoint {self.folder}/{epoch} cannot be read "
-                f"({_reason(error)}): it is damaged or not of this program; delete "
-                "its folder to go on from the one before"
-            ) from error
+            raise self._unreadable(epoch, error) from error
 
     def _check(self, epoch: int, item: str, like: PyTree) -> None:
         """Compares names and shapes before anything is read."""
@@ -149,10 +145,7 @@ class Checkpoints:
             saved = getattr(metadata, "tree", metadata)
             theirs = _shapes(saved)
         except Exception as error:
-            raise CheckpointError(
-                f"{self.folder}/{epoch} is no checkpoint of this program "
-                f"({_reason(error)})"
-            ) from error
+            raise self._unreadable(epoch, error) from error
         mine = _shapes(like)
         for name in sorted(set(mine) | set(theirs)):
             if mine.get(name) != theirs.get(name):
@@ -161,6 +154,14 @@ class Checkpoints:
                     f"{name} is {theirs.get(name, 'absent')} there and "
                     f"{mine.get(name, 'absent')} here"
                 )
+
+    def _unreadable(self, epoch: int, error: Exception) -> CheckpointError:
+        """Whatever file of it is damaged, the arrays or what describes them."""
+        return CheckpointError(
+            f"the checkpoint {self.folder}/{epoch} cannot be read ({_reason(error)}): "
+            "it is damaged or not of this program; delete its folder to go on from the "
+            "one before"
+        )
 
     def _remove_unfinished(self) -> None:
         for name in os.listdir(self.folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -344,6 +345,22 @@ def test_a_damaged_checkpoint_is_one_sentence(copy):
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     done = running.main("--mode=eval", f"--workdir={copy}")
     running.assert_one_sentence(done, "cannot be read", "damaged")
+
+
+@pytest.mark.parametrize("name", ["_METADATA", "manifest.ocdbt", "d"])
+def test_a_damaged_checkpoint_is_said_to_be_so_whatever_file_it_is(tmp_path, name):
+    folder, like = tmp_path / "checkpoints", {"w": np.ones((20, 5), np.float32)}
+    store = checkpoints.Checkpoints(str(folder))
+    store.save(1, like, {"step": np.zeros(1)}, [])
+    store.close()
+    file = folder / "1" / "params" / name
+    file = largest_file(file) if file.is_dir() else file
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with contextlib.closing(checkpoints.Checkpoints(str(folder), True)) as store:
+        with pytest.raises(
+            checkpoints.CheckpointError, match=r"1 cannot be read .*dam"
+        ):
+            store.params(1, like)
 
 
 def test_only_closed_loops_are_silenced_after_an_error(tmp_path, monkeypatch):
