@@ -52,7 +52,7 @@ _OF_MATRICES = ("n_features_in_", "feature_names_in_")
 
 
 class Classifier(ClassifierMixin, BaseEstimator):
-    """What both estimators have in common.
+    """What the estimators have in common.
 
     A subclass names its `_model` (config.model.name), the config keys of its
     parameters (`_KEYS`), and what else it sets (`_values`).
@@ -60,6 +60,11 @@ class Classifier(ClassifierMixin, BaseEstimator):
 
     _model: ClassVar[str]
     _KEYS: ClassVar[dict[str, str]]
+
+    def _keep(self, parameters: dict[str, object]) -> None:
+        """Attributes of the arguments of `__init__`, which scikit-learn wants named."""
+        for name in self._get_param_names():
+            setattr(self, name, parameters[name])
 
     def fit(self, X, y, sample_weight=None):  # noqa: N803
         """Trains.

@@ -90,27 +90,7 @@ class CbMLCClassifier(Classifier):
         workdir=None,
         config_overrides=None,
     ):
-        self.epochs = epochs
-        self.width = width
-        self.num_blocks = num_blocks
-        self.learning_rate = learning_rate
-        self.batch_size = batch_size
-        self.dropout = dropout
-        self.linear_path = linear_path
-        self.token_dropout = token_dropout
-        self.averaging = averaging
-        self.crossfit = crossfit
-        self.validation_fraction = validation_fraction
-        self.threshold = threshold
-        self.metric = metric
-        self.noise_rates = noise_rates
-        self.label_names = label_names
-        self.embeddings = embeddings
-        self.embeddings_path = embeddings_path
-        self.random_state = random_state
-        self.verbose = verbose
-        self.workdir = workdir
-        self.config_overrides = config_overrides
+        self._keep(locals())
 
     def _values(self) -> dict[str, object]:
         source = "random" if self.label_names is None else self.embeddings
@@ -163,19 +143,7 @@ class LinearKNNClassifier(Classifier):
         workdir=None,
         config_overrides=None,
     ):
-        self.cost = cost
-        self.neighbours = neighbours
-        self.vote = vote
-        self.crossfit = crossfit
-        self.validation_fraction = validation_fraction
-        self.threshold = threshold
-        self.metric = metric
-        self.noise_rates = noise_rates
-        self.label_names = label_names
-        self.random_state = random_state
-        self.verbose = verbose
-        self.workdir = workdir
-        self.config_overrides = config_overrides
+        self._keep(locals())
 
     def _values(self) -> dict[str, object]:
         return {}
@@ -224,19 +192,7 @@ class KernelRidgeClassifier(Classifier):
         workdir=None,
         config_overrides=None,
     ):
-        self.penalty = penalty
-        self.scores_weight = scores_weight
-        self.rounds = rounds
-        self.crossfit = crossfit
-        self.validation_fraction = validation_fraction
-        self.threshold = threshold
-        self.metric = metric
-        self.noise_rates = noise_rates
-        self.label_names = label_names
-        self.random_state = random_state
-        self.verbose = verbose
-        self.workdir = workdir
-        self.config_overrides = config_overrides
+        self._keep(locals())
 
     def _values(self) -> dict[str, object]:
         return {}

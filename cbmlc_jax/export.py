@@ -134,7 +134,9 @@ def exported(predictor: predict.Predictor) -> tuple[Weights, export.Exported]:
         )
         for key, (shape, t) in inputs.items()
     }
-    with ops.portable():
+    # Inputs, weights and scores are float32 all the same.
+    wide = jax.enable_x64(name in _IN_FLOAT64)
+    with ops.portable(), wide:
         program = export.export(jax.jit(score), platforms=PLATFORMS)(
             jax.eval_shape(lambda: weights), like
         )
@@ -226,7 +228,7 @@ def _lr_knn(predictor: predict.Predictor):
 
 
 def _kernel_ridge(predictor: predict.Predictor):
-    """`KernelRidge.scores` in jax; the stored rows stay sparse."""
+    """`KernelRidge.scores` in jax, in float64; the stored rows stay sparse."""
     size, estimator = predictor.meta.num_features, predictor.system.candidates[0][1]
     weights = _listed(_float32(predictor.params))
     stored = len(weights["first"])
@@ -235,6 +237,10 @@ def _kernel_ridge(predictor: predict.Predictor):
         return jnp.matmul(a, b, precision=_EXACT)
 
     def score(weights, batch):
+        weights, batch = jax.tree.map(
+            lambda a: a.astype(jnp.float64) if a.dtype == jnp.float32 else a,
+            (weights, batch),
+        )
         z = _rescaled(weights, batch, size, "scale/")
         cosine = _cosines(weights, z, stored)
         kernel = cosine + kernel_ridge.SQUARE * cosine**2
@@ -246,7 +252,7 @@ def _kernel_ridge(predictor: predict.Predictor):
             near = product(units, weights["units"].T) ** 2
             kernel += estimator.scores_weight * near
             scores = weights["mean"][None] + product(kernel, weights["second"])
-        return jnp.clip(scores, 0, 1)
+        return jnp.clip(scores, 0, 1).astype(jnp.float32)
 
     return weights, score
 
@@ -290,7 +296,7 @@ def _rescaled(
     given = batch.get("weights", jnp.ones(tokens.shape, jnp.float32))
 
     def counts(tokens, given):  # id 0, the padding, falls off
-        return jnp.zeros(size + 1, jnp.float32).at[tokens].add(given)[1:]
+        return jnp.zeros(size + 1, given.dtype).at[tokens].add(given)[1:]
 
     z = jax.vmap(counts)(tokens, given) * weights[f"{prefix}idf"][None]
     norm = jnp.linalg.norm(z, axis=1, keepdims=True)
@@ -308,6 +314,8 @@ ESTIMATORS = {
     "logistic_regression": _linear,
     "lr_knn": _lr_knn,
 }
+
+_IN_FLOAT64 = ("kernel_ridge",)
 
 LIMITS = (
     "Thresholds and probabilities hold for rows drawn as the training rows were.",

@@ -146,9 +146,7 @@ def test_every_exported_model_is_the_one_that_was_trained(name, kind, changes):
     call, expected = jax.jit(program.call), system.scores(params, inputs)
     for width, rows in ((80, np.arange(40)), (96, np.array([3]))):
         scores = call(weights, inputs.batch(rows, width))
-        # Coefficients of ridge regression are larger than what they sum up to.
-        atol = 5e-5 if name == "kernel_ridge" else 1e-6
-        np.testing.assert_allclose(scores, expected[rows], atol=atol, rtol=0)
+        np.testing.assert_allclose(scores, expected[rows], atol=1e-6, rtol=0)
     if name != "label_prior":
         assert np.ptp(expected, axis=0).max() > 0.01, "scores that do not differ"
 

@@ -15,7 +15,7 @@ from cbmlc_jax.models.baselines.estimator import Inputs, Params, pack, unpack
 from cbmlc_jax.models.baselines.lr_knn import trust
 
 MOST_ROWS = 20_000  # four matrices of N x N float32: 6.4 GB
-_CHUNK = 4096  # query rows at once
+_CHUNK = 1024  # query rows at once: a few matrices of 1024 x N float64
 SQUARE = 2.0  # of the squared cosine in the kernel
 _LATER = 2.0  # penalty of the second stage over that of the first
 _LEAST = 1e-3  # no row's trust is less
@@ -93,8 +93,12 @@ class KernelRidge:
                 f"kernel_ridge compares all pairs of rows: {len(labels)} are more than "
                 f"{MOST_ROWS}: take lr_knn"
             )
-        scale = linear.fit_scale(inputs)
-        rows = _unit(scale, inputs)
+        # Scores are computed from these alone, in float64; an exported model does, too.
+        scale = {
+            name: values.astype(np.float32)
+            for name, values in linear.fit_scale(inputs).items()
+        }
+        rows = _unit(scale, inputs).astype(np.float32)
         kernel = _of_inputs(rows, rows)
         targets, worth = labels.astype(np.float32), np.ones(len(labels), np.float32)
         r0, r1 = np.float32(rates[0]), np.float32(rates[1])
@@ -141,11 +145,15 @@ class KernelRidge:
     def scores(
         self, params: Params, inputs: Inputs
     ) -> Float[np.ndarray, "rows labels"]:
-        """float32 [N, L], cut to [0, 1]."""
-        rows, queries = unpack(params["rows"]), _unit(params["scale"], inputs)
+        """float32 [N, L], cut to [0, 1].
+
+        The terms of the sum over i are far larger than their sum: float64.
+        """
+        rows = unpack(params["rows"]).astype(np.float64)
+        queries = _unit(params["scale"], inputs)
         names = ("mean", "first", "level", "units", "second")
         mean, first, level, units, second = (
-            np.asarray(params[k]) if k in params else None for k in names
+            np.asarray(params[k], np.float64) if k in params else None for k in names
         )
         found = np.zeros((queries.shape[0], len(mean)), np.float32)
         for start in range(0, queries.shape[0], _CHUNK):
@@ -153,7 +161,7 @@ class KernelRidge:
             part = mean + kernel @ first
             if self.scores_weight:
                 near = np.square(_direction(part, level) @ units.T)
-                kernel += np.float32(self.scores_weight) * near
+                kernel += self.scores_weight * near
                 part = mean + kernel @ second
             found[start : start + _CHUNK] = part
         return np.clip(found, 0, 1)
@@ -209,14 +217,15 @@ def posterior(
 
 
 def _unit(scale: Params, inputs: Inputs) -> Inputs:
-    return normalize(linear.rescale(scale, inputs)).astype(np.float32)
+    """Rescaled rows of length 1, float64."""
+    return normalize(linear.rescale(scale, inputs).astype(np.float64))
 
 
 def _of_inputs(rows: Inputs, others: Inputs) -> Float[np.ndarray, "rows others"]:
-    """k_1, float32."""
+    """k_1, in the precision of the rows."""
     cosine = rows @ others.T
     cosine = cosine if isinstance(cosine, np.ndarray) else cosine.toarray()
-    return cosine + np.float32(SQUARE) * np.square(cosine)
+    return cosine + SQUARE * np.square(cosine)
 
 
 def _factor(
@@ -232,4 +241,4 @@ def _direction(
     scores: Float[np.ndarray, "rows labels"], level: np.ndarray
 ) -> Float[np.ndarray, "rows labels"]:
     """u of rows of scores; 0 for a row with none above the level."""
-    return normalize(np.maximum(scores - level, 0)).astype(np.float32)
+    return normalize(np.maximum(scores - level, 0))
