@@ -291,6 +291,27 @@ def test_rates_can_be_estimated(useless, tmp_path, capsys, monkeypatch):
         assert fold.rates == task.rates
 
 
+def test_kernel_ridge_is_fitted_with_the_rates(tmp_path):
+    """Half of the labels are lost; rounds bring the share that holds back."""
+    found = {}
+    for rounds in (0, 1):
+        config = estimator_config(
+            "kernel_ridge",
+            **{
+                "kernel_ridge.penalty": 1.0,
+                "kernel_ridge.rounds": rounds,
+                "noise.kind": "nar",
+            },
+        )
+        workdir = str(tmp_path / str(rounds))
+        fit.train_and_evaluate(config, workdir, "test")
+        task = run_lib.Run(config, "").task
+        found[rounds] = predict.Predictor(workdir).scores(task.test.inputs).mean()
+    held, given = task.test.labels.mean(), task.train.labels.mean()
+    assert given < 0.7 * held
+    assert abs(found[0] - given) < 0.2 * held < found[1] - found[0]
+
+
 def test_rates_that_are_given_stand_over_the_realised_ones(tmp_path, capsys):
     config = estimator_config(
         "logistic_regression",
