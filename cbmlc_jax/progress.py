@@ -6,10 +6,32 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Iterable, Iterator
 
 import tqdm
 
 from cbmlc_jax import files
+
+
+class Waited:
+    """Goes through items, and counts the seconds that it waits for them.
+
+    Attributes:
+        seconds: so far.
+    """
+
+    def __init__(self, items: Iterable):
+        self._items, self.seconds = iter(items), 0.0
+
+    def __iter__(self) -> Iterator:
+        return self
+
+    def __next__(self):
+        start = time.perf_counter()
+        try:
+            return next(self._items)
+        finally:
+            self.seconds += time.perf_counter() - start
 
 
 class Progress:
@@ -69,6 +91,8 @@ class Progress:
         if score is not None:
             text += f" {line['selection']['rule']} miF1 {score:.4f}"
         text += f" {line['examples_per_second']:.0f} examples/s {line['seconds']:.1f} s"
+        if line["data_share"] > 0.05:
+            text += f", {line['data_share']:.0%} of training waits for data"
         if self._bar is not None:
             self._bar.write(text)
         else:

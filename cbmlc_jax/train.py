@@ -20,7 +20,7 @@ from cbmlc_jax import run as run_lib
 from cbmlc_jax.data import pipeline
 from cbmlc_jax.models import BACKBONES, CONSTANT, OWN_OBJECTIVE, create_backbone
 from cbmlc_jax.parallel import gathered, mean, total
-from cbmlc_jax.progress import Log, Progress
+from cbmlc_jax.progress import Log, Progress, Waited
 from cbmlc_jax.thresholds import Rates
 
 
@@ -363,9 +363,12 @@ def fit(run: run_lib.Run, store: checkpoints.Checkpoints | None) -> list[dict]:
             if run.out_of_patience(history):
                 break
             start = time.perf_counter()
-            ours = itertools.islice(batches, steps_per_epoch)
+            ours = Waited(itertools.islice(batches, steps_per_epoch))
             state, loss = _epoch(run, step, state, constants, epoch, ours, progress)
-            told = functools.partial(_line, run, state, epoch, loss, start)
+            spent = time.perf_counter() - start
+            told = functools.partial(
+                _line, run, state, epoch, loss, spent, ours.seconds
+            )
             history = [*history, processes.of_first(told)]
             log.epoch(history)
             if store is not None:
@@ -375,10 +378,20 @@ def fit(run: run_lib.Run, store: checkpoints.Checkpoints | None) -> list[dict]:
 
 
 def _line(
-    run: run_lib.Run, state: TrainState, epoch: int, loss: float, start: float
+    run: run_lib.Run,
+    state: TrainState,
+    epoch: int,
+    loss: float,
+    trained: float,
+    waited: float,
 ) -> dict:
-    """What the history holds of an epoch; scores it where that is due."""
-    trained = time.perf_counter() - start
+    """What the history holds of an epoch; scores it where that is due.
+
+    Args:
+        trained: seconds of the epoch's steps.
+        waited: of these, seconds without a next batch.
+    """
+    start = time.perf_counter()
     params = run.system.train_devices.first(state.variables)
     selection = {"rule": run.config.train.selection, "score": None}
     if _due(run, epoch):
@@ -389,7 +402,8 @@ def _line(
         "loss": loss,
         "selection": selection,
         "examples_per_second": round(len(run.task.train) / trained, 1),
-        "seconds": round(time.perf_counter() - start, 2),
+        "data_share": round(waited / trained, 4),
+        "seconds": round(trained + time.perf_counter() - start, 2),
     }
     if run.config.eval.curves and _due(run, epoch):
         line["mAP"] = run.watch(params)

@@ -29,6 +29,7 @@ from cbmlc_jax import (
     fit,
     losses,
     metrics,
+    progress,
     results,
     systems,
     thresholds,
@@ -79,6 +80,19 @@ def test_everything_that_the_readme_lists_is_written(finished):
     lines = files.read_jsonl(str(finished / "metrics.jsonl"))
     assert [line["epoch"] for line in lines] == [1, 2, 3]
     assert lines[-1]["loss"] < lines[0]["loss"]
+    assert all(0 < line["data_share"] < 1 for line in lines)
+
+
+def test_waiting_for_batches_is_counted_and_their_use_is_not():
+    def slow():
+        for number in range(3):
+            time.sleep(0.02)
+            yield number
+
+    waited = progress.Waited(slow())
+    for _ in waited:
+        time.sleep(0.2)
+    assert 0.06 <= waited.seconds < 0.4
 
 
 def test_result_row(finished):
