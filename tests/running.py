@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import pathlib
@@ -58,9 +60,9 @@ def flags(**changes) -> list[str]:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """This process's, without the virtual devices of the tests."""
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    return {**env, "PYTHONPATH": str(ROOT), **changes}
+    """This process's, without the virtual devices of the tests; compiles cheaply."""
+    flags = "--xla_backend_optimization_level=0"
+    return {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), **changes}
 
 
 def command(*arguments: str) -> list[str]:
@@ -70,20 +72,20 @@ def command(*arguments: str) -> list[str]:
 def main(
     *arguments: str, env: dict | None = None, largest_file_kb: int | None = None
 ) -> subprocess.CompletedProcess:
-    """Runs the command line in a process of its own.
+    """Runs the command line in a process of its own, with these changes of `env`.
 
     `largest_file_kb` makes longer writes fail half-way, as a full disk does.
     """
-    words = command(*arguments)
-    if largest_file_kb:
-        words = ["bash", "-c", f'ulimit -f {largest_file_kb}; exec "$@"', "-", *words]
+    if largest_file_kb is None:
+        return forks().run("cbmlc_jax.main", *arguments, env=env)
+    limit = f'ulimit -f {largest_file_kb}; exec "$@"'
     return subprocess.run(
-        words,
+        ["bash", "-c", limit, "-", *command(*arguments)],
         capture_output=True,
         text=True,
         timeout=300,
         cwd=ROOT,
-        env=env or environment(),
+        env=environment(**(env or {})),
     )
 
 
@@ -91,12 +93,12 @@ _FORKS = """
 import json, os, runpy, signal, sys, tempfile
 from cbmlc_jax import main, run
 for line in sys.stdin:
-    folder, module, *words = json.loads(line)
+    folder, env, module, *words = json.loads(line)
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         if not (child := os.fork()):
             signal.alarm(300)
             os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
-            os.chdir(folder)
+            os.chdir(folder), os.environ.update(env)
             sys.argv = [module, *words]
             try:
                 if module == "cbmlc_jax.main":
@@ -104,8 +106,13 @@ for line in sys.stdin:
                 else:
                     runpy.run_module(module, run_name="__main__", alter_sys=True)
             except SystemExit as end:
-                os._exit(end.code if isinstance(end.code, int) else bool(end.code))
-            os._exit(0)
+                code = end.code
+                if isinstance(code, str):
+                    print(code, file=sys.stderr)
+            else:
+                code = 0
+            sys.stdout.flush()
+            os._exit(code if isinstance(code, int) else bool(code))
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         out.seek(0), err.seek(0)
         print(json.dumps([code, out.read(), err.read()]), flush=True)
@@ -113,9 +120,9 @@ for line in sys.stdin:
 
 
 class Forks:
-    """`python -m` in forks of one process that imports once; a context."""
+    """`python -m` in forks of one process that imports once."""
 
-    def __enter__(self) -> Forks:
+    def __init__(self):
         self._process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", _FORKS],
             stdin=subprocess.PIPE,
@@ -124,16 +131,26 @@ class Forks:
             cwd=ROOT,
             env=environment(),
         )
-        return self
 
-    def __exit__(self, *_) -> None:
+    def close(self) -> None:
         self._process.communicate()
 
-    def run(self, *words: str, cwd: os.PathLike = ROOT) -> subprocess.CompletedProcess:
-        """A module and its arguments."""
-        print(json.dumps([str(cwd), *words]), file=self._process.stdin, flush=True)
+    def run(
+        self, *words: str, cwd: os.PathLike = ROOT, env: dict | None = None
+    ) -> subprocess.CompletedProcess:
+        """A module and its arguments; XLA reads `env` when it starts, Python not."""
+        line = json.dumps([str(cwd), env or {}, *words])
+        print(line, file=self._process.stdin, flush=True)
         answer = json.loads(self._process.stdout.readline())
         return subprocess.CompletedProcess(words, *answer)
+
+
+@functools.cache
+def forks() -> Forks:
+    """Those of this test process; closed at its end."""
+    found = Forks()
+    atexit.register(found.close)
+    return found
 
 
 def assert_one_sentence(done: subprocess.CompletedProcess, *parts: str) -> None:

@@ -8,7 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from running import ROOT, environment, tiny_config
+from running import forks, tiny_config
 
 from cbmlc_jax import config as config_lib
 from cbmlc_jax import systems, task
@@ -87,15 +87,8 @@ def test_a_line_of_a_made_up_case():
         "train.batch_size": 4,
     }
     words = [f"--config.{k}={v}" for k, v in flags.items()]
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.bench", "--case=labels-7", "--steps=3"]
-        + ["--gemm_seconds=0", *words],
-        cwd=ROOT,
-        env=environment(XLA_FLAGS="--xla_backend_optimization_level=0"),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    words += ["--case=labels-7", "--steps=3", "--gemm_seconds=0"]
+    done = forks().run("experiments.bench", *words)
     assert done.returncode == 0, done.stderr
     (line,) = [json.loads(x) for x in done.stdout.splitlines()]
     assert line["case"] == "labels-7" and line["steps"] == 3

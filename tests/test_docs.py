@@ -62,14 +62,8 @@ def test_every_page_is_looked_at():
             assert block.run or not ours or block.language != "python", (page, block)
 
 
-@pytest.fixture(scope="module")
-def forks():
-    with running.Forks() as found:
-        yield found
-
-
 @pytest.mark.parametrize("page", RUN, ids=name)
-def test_blocks_run(page, tmp_path, monkeypatch, forks):
+def test_blocks_run(page, tmp_path, monkeypatch):
     """In their order and in one folder: Python in this process, with the names of the
     blocks before, commands in processes of their own."""
     monkeypatch.chdir(tmp_path)
@@ -85,7 +79,7 @@ def test_blocks_run(page, tmp_path, monkeypatch, forks):
                 exec(compile(code, page, "exec", dont_inherit=True), scope)  # noqa: S102
                 continue
             for command in documents.commands(block.text):
-                done = forks.run(*shlex.split(command)[2:], cwd=tmp_path)
+                done = running.forks().run(*shlex.split(command)[2:], cwd=tmp_path)
                 assert done.returncode == 0, f"{command}: {done.stderr}"
 
 

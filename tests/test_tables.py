@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import rows
@@ -169,16 +166,8 @@ def test_a_damaged_file_is_named_with_its_line(tmp_path, line, reason):
 
 @pytest.mark.parametrize("name", ["tables", "figures", "report"])
 def test_a_missing_file_is_one_sentence(tmp_path, name):
-    words = [sys.executable, "-m", f"experiments.{name}", "no-such.jsonl"]
-    words += [] if name == "tables" else [f"--output={tmp_path / 'out'}"]
-    done = subprocess.run(
-        words,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=running.ROOT,
-        env=running.environment(),
-    )
+    words = [] if name == "tables" else [f"--output={tmp_path / 'out'}"]
+    done = running.forks().run(f"experiments.{name}", "no-such.jsonl", *words)
     running.assert_one_sentence(done, "no-such.jsonl: No such file")
     assert not list(tmp_path.iterdir())
 
