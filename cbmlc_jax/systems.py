@@ -56,6 +56,7 @@ class Neural:
         self.graph = neighbours.as_argument(graph)
         self._encoder = config.model.encoder
         self.model = models.create_model(config, meta)
+        self._init = jax.jit(self.model.init)  # traced once for `init` and `like`
 
         def step(variables, batch, graph):
             def score(inputs):
@@ -78,7 +79,8 @@ class Neural:
         Raises:
             WeightsError: the weights are missing, damaged or of another network.
         """
-        variables = init_variables(self.model, self._seed, self._meta)
+        keys, batch = _init_arguments(self._seed, self._meta)
+        variables = self._init(keys, **batch)
         network, given = self._encoder.name, self._encoder.weights
         if network in models.BACKBONES and given != backbones.RANDOM:
             variables = backbones.into(variables, self._encoder)
@@ -87,9 +89,8 @@ class Neural:
     @property
     def like(self) -> PyTree:
         """Shapes and types of the variables."""
-        return jax.eval_shape(
-            lambda: init_variables(self.model, self._seed, self._meta)
-        )
+        keys, batch = _init_arguments(self._seed, self._meta)
+        return self._init.eval_shape(keys, **batch)
 
     def scores(self, variables: PyTree, inputs: pipeline.Inputs) -> Scores:
         """float32 [N, L] probabilities, in the order of `inputs`."""
@@ -161,6 +162,12 @@ def init_variables(model: nn.Module, seed: int, meta: models.Meta) -> PyTree:
 
     One compiled program; its stream is named "params".
     """
+    keys, batch = _init_arguments(seed, meta)
+    return jax.jit(model.init)(keys, **batch)
+
+
+def _init_arguments(seed: int, meta: models.Meta) -> tuple[dict, dict]:
+    """The keys and the batch of one row that variables are drawn with."""
     # As in training, so that what reads the labels is there; no draw but that of
     # "params" reaches the parameters.
     keys = {n: rngs.stream(seed, n) for n in ("params", "dropout", "sample")}
@@ -172,7 +179,7 @@ def init_variables(model: nn.Module, seed: int, meta: models.Meta) -> PyTree:
         "rows": jnp.zeros(1, jnp.uint32),
         "labels": jnp.ones((1, len(meta.label_vectors)), jnp.uint8),
     }
-    return jax.jit(model.init)(keys, **batch)
+    return keys, batch
 
 
 class Fitted:
