@@ -323,8 +323,9 @@ def test_the_seed_decides(data):
     np.testing.assert_array_equal(np.random.get_state()[1], before)  # noqa: NPY002
 
 
-@BOTH
+@pytest.mark.parametrize("make", [linear, pytest.param(neural, marks=pytest.mark.slow)])
 def test_weights_of_rows(make, data):
+    """For a neural one in short: test_a_row_of_weight_three_is_three_rows_of_a_step."""
     x, y, test = data
     plain = make().fit(x, y).predict_proba(test)
     ones = make().fit(x, y, sample_weight=np.ones(84)).predict_proba(test)
