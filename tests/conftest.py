@@ -10,14 +10,16 @@ import tempfile
 
 # A wrong mean over devices cannot be seen on one device.  XLA reads this once, when
 # its first backend starts.  Most of the tests' time is compiling: cheaply here, and
-# once for all the processes that the tests start.
+# once for all the processes of a run, those of pytest-xdist and those that the tests
+# start.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
 ).strip()
-_CACHE = tempfile.mkdtemp(prefix="cbmlc-tests-")
-atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
+if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has its controller's
+    _CACHE = tempfile.mkdtemp(prefix="cbmlc-tests-")
+    atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import hypothesis  # noqa: E402
