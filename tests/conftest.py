@@ -22,6 +22,10 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has its controller's
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
+# Workers that each have a thread for matrix products on every core wait for one another
+# busily.  Read when NumPy is imported: by the workers, and by what tests start.
+os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "1"
+
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
