@@ -144,11 +144,35 @@ def test_config_survives_its_json():
         config_lib.restore({"old.key": 1})
 
 
+NAMES = {"ids": lambda x: getattr(x, "stem", x or "paper")}
+
+
+@pytest.mark.parametrize(("path", "preset"), CONFIGS, **NAMES)
+def test_every_config_is_valid_and_whole(path, preset):
+    config = load_config(path, preset)
+    # What the user has to give.
+    if config.data.name == "own":
+        config.data.path = "rows.npz"
+    config.model.encoder.weights = config.model.encoder.weights or "random"
+    config_lib.validate(config)
+    assert set(config_lib.flatten(config)) == set(config_lib.flatten(config_lib.base()))
+
+
+# When shrunk, the others' models are one of these or the base config's.
+QUICK = {("bibtex", "robust"), ("emotions", ""), ("rcv1", "sequence"), ("voc", "")}
+
+
 @pytest.mark.parametrize(
-    ("path", "preset"), CONFIGS, ids=lambda x: getattr(x, "stem", x or "paper")
+    ("path", "preset"),
+    [
+        pytest.param(p, x, marks=() if (p.stem, x) in QUICK else pytest.mark.slow)
+        for p, x in CONFIGS
+    ],
+    **NAMES,
 )
 def test_every_config_trains_when_shrunk(path, preset, tmp_path, monkeypatch):
-    """With its own loss, encoder and graph, on the embedded data.
+    """With its own loss, encoder and graph, on the embedded data; what is slow is read
+    and checked by the test before.
 
     Real numbers are the embedded data's counts; an image network gives way to sets
     here, test_pictures.py trains one.
@@ -217,9 +241,9 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(tmp_path):
 def test_real_bibtex_from_the_command_line(data_dir, tmp_path):
     """The README's command on the published files, shrunk to an epoch of a tiny model,
     then eval and predict on the official test file."""
-    shrunk = running.flags(
-        **{"noise.kind": "ncar", "train.num_epochs": 1, "train.batch_size": 256}
-    )
+    # No attention among the tokens of a row, which takes most of the time here.
+    changes = {"noise.kind": "ncar", "train.num_epochs": 1, "train.batch_size": 256}
+    shrunk = running.flags(**changes, **{"model.encoder.layers": 0})
     workdir = f"--workdir={tmp_path / 'run'}"
     fast = {"XLA_FLAGS": ""}  # compiled well: here most of the time is arithmetic
     done = running.main("--config=configs/bibtex.py", workdir, *shrunk, env=fast)
