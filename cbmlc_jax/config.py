@@ -17,6 +17,7 @@ from cbmlc_jax.limits import (
     CHOICES,
     ENCODERS_OF,
     ENCODERS_OF_KIND,
+    FITTED,
     NETWORKS,
     PUBLISHED,
     RANGES,
@@ -167,6 +168,8 @@ def base() -> ml_collections.ConfigDict:
     c.lr_knn.vote = 0.3  # weight of the neighbours' vote
     c.mixture = ml_collections.ConfigDict()
     c.mixture.members = "lr_knn,sleec,cbmlc"  # models whose scores are mixed
+    c.stack = ml_collections.ConfigDict()
+    c.stack.members = "kernel_ridge,lr_knn,sleec"  # models whose scores it reads
     c.mlknn = ml_collections.ConfigDict()
     c.mlknn.neighbours = 10
     c.mlknn.smoothing = 1.0
@@ -196,6 +199,7 @@ def base() -> ml_collections.ConfigDict:
     return c.lock()
 
 
+MADE_OF_OTHERS = ("mixture", "stack")  # config.NAME.members
 FOR_TOKENS = ("model.linear_path", "model.token_dropout")  # cbmlc and lamp alone
 # Keys that change where or how loudly a run happens, not what comes out of it.
 INCIDENTAL = (
@@ -334,8 +338,9 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"{name} has no trained label embeddings for a context loss: "
             "config.loss.cb_weight must be 0"
         )
-    if name == "mixture":
+    if name in MADE_OF_OTHERS:
         _check_members(config)
+    if name == "mixture":
         return
     for key in FOR_TOKENS:
         if flat[key] and name not in ("cbmlc", "lamp"):
@@ -366,14 +371,15 @@ def _knows_rows(name: str, loss: str) -> bool:
 
 
 def members(config: ml_collections.ConfigDict) -> tuple[str, ...]:
-    """The models of a config: those of a mixture, or the one."""
-    if config.model.name != "mixture":
-        return (config.model.name,)
-    return tuple(name.strip() for name in config.mixture.members.split(","))
+    """The models of a config: those of a mixture or stack, or the one."""
+    name = config.model.name
+    if name not in MADE_OF_OTHERS:
+        return (name,)
+    return tuple(name.strip() for name in config[name].members.split(","))
 
 
 def member(config: ml_collections.ConfigDict, name: str) -> ml_collections.ConfigDict:
-    """The config of one member of a mixture: the mixture's, as far as it goes."""
+    """The config of one member of a mixture or stack: theirs, as far as it goes."""
     config = config.copy_and_resolve_references()
     config.model.name = name
     if name not in ("cbmlc", "lamp"):
@@ -383,16 +389,25 @@ def member(config: ml_collections.ConfigDict, name: str) -> ml_collections.Confi
 
 
 def _check_members(config: ml_collections.ConfigDict) -> None:
-    names = members(config)
-    known = [name for name in CHOICES["model.name"] if name != "mixture"]
+    names, kind = members(config), config.model.name
+    known, fewest = FITTED, 1
+    if kind == "mixture":
+        known, fewest = CHOICES["model.name"], 2
+    known = [name for name in known if name not in MADE_OF_OTHERS]
     strange = [name for name in names if name not in known]
-    if strange or len(set(names)) != len(names) or len(names) < 2:
+    if strange or len(set(names)) != len(names) or len(names) < fewest:
+        number = ("one", "two")[fewest - 1]
         raise ConfigError(
-            f"config.mixture.members={config.mixture.members!r} must be two or more "
+            f"config.{kind}.members={config[kind].members!r} must be {number} or more "
             f"different ones of {', '.join(known)}, with commas between them"
         )
     if config.model.encoder.name in NETWORKS:
-        raise ConfigError("config.model.name=mixture does not read images")
+        raise ConfigError(f"config.model.name={kind} does not read images")
+    if kind == "stack" and not config.train.crossfit:
+        raise ConfigError(
+            "config.model.name=stack learns from scores of models that did not see the "
+            "row: set config.train.crossfit=5"
+        )
     for name in names:
         validate(member(config, name))
 

@@ -15,6 +15,7 @@ import time
 import jax
 import ml_collections
 import numpy as np
+from jaxtyping import PyTree
 
 from cbmlc_jax import (
     checkpoints,
@@ -66,7 +67,9 @@ def complete(run: run_lib.Run, command: str) -> tuple[dict, str]:
     if processes.is_first():
         run_lib.write_inputs(run)
     if isinstance(run.system, systems.Mixture):
-        run = _fit_members(run)
+        run = _mix(run)
+    elif isinstance(run.system, systems.Stack):
+        run = _stack(run)
     elif run.config.train.crossfit:
         run = _cross_fit(run)
     history = fit(run)
@@ -110,7 +113,7 @@ def fit(run: run_lib.Run) -> list[dict]:
         return train.fit(run, None)
     folder = os.path.join(run.workdir, "checkpoints")
     with contextlib.closing(checkpoints.Checkpoints(folder)) as store:
-        if isinstance(run.system, systems.Mixture):
+        if isinstance(run.system, systems.Mixture | systems.Stack):
             return store.history(store.epochs[-1])
         if isinstance(run.system, systems.Neural):
             return train.fit(run, store)
@@ -233,31 +236,51 @@ def _cross_fit(run: run_lib.Run) -> run_lib.Run:
     return run_lib.Run(config, run.workdir, task, found)
 
 
-def _fit_members(run: run_lib.Run) -> run_lib.Run:
-    """Fits the members of a mixture, each a run of its own in `members/NAME`, chooses
-    their weights by the corrected miF1 of the mixed validation scores, and saves all.
+@dataclasses.dataclass(frozen=True)
+class _Members:
+    """What the members of a mixture or stack came to.
 
-    Returns:
-        The run; under cross-fitting with the mixed out-of-fold scores.
+    Attributes:
+        variables: name -> of its chosen epoch or candidate.
+        validations: name -> its scores of the validation rows.
+        seconds: that they took.
     """
-    config, task = run.config, run.task
-    variables, scores, seconds, validation = {}, {}, 0.0, None
+
+    variables: dict[str, PyTree]
+    validations: dict[str, evaluate.Validation]
+    seconds: float
+
+
+def _fit_members(run: run_lib.Run) -> _Members:
+    """Fits the members, each a run of its own in `members/NAME`."""
+    config, variables, validations, seconds = run.config, {}, {}, 0.0
     for name in run.system.members:
         workdir = os.path.join(run.workdir, "members", name)
         os.makedirs(workdir, exist_ok=True)
         if config.train.progress:
             print(f"member {name}", flush=True)
-        part = run_lib.Run(config_lib.member(config, name), workdir, task)
+        part = run_lib.Run(config_lib.member(config, name), workdir, run.task)
         if config.train.crossfit:
             part = _cross_fit(part)
             seconds += part.out_of_fold.seconds
         history = fit(part)
         seconds += sum(line["seconds"] for line in history)
         variables[name], _, _ = run_lib.chosen_params(workdir, part.system.like)
-        validation = part.validation(variables[name])
-        scores[name] = validation.scores
-    rule = config.train.selection
+        validations[name] = part.validation(variables[name])
+    return _Members(variables, validations, seconds)
+
+
+def _mix(run: run_lib.Run) -> run_lib.Run:
+    """Fits the members of a mixture, chooses their weights by the corrected miF1 of the
+    mixed validation scores, and saves all.
+
+    Returns:
+        The run; under cross-fitting with the mixed out-of-fold scores.
+    """
+    found, rule = _fit_members(run), run.config.train.selection
     rule = "corrected_val" if rule == "last" else rule
+    scores = {name: v.scores for name, v in found.validations.items()}
+    validation = next(iter(found.validations.values()))
 
     def value(mixed: np.ndarray) -> float:
         some = dataclasses.replace(validation, scores=mixed)
@@ -270,21 +293,64 @@ def _fit_members(run: run_lib.Run) -> run_lib.Run:
             "epoch": 1,
             "settings": dict(zip(scores, weights, strict=True)),
             "selection": {"rule": rule, "score": score},
-            "seconds": round(seconds, 2),
+            "seconds": round(found.seconds, 2),
         }
     ]
-    if config.train.progress:
+    if run.config.train.progress:
         _show(history[0])
-    folder = os.path.join(run.workdir, "checkpoints")
-    with contextlib.closing(checkpoints.Checkpoints(folder)) as store:
-        if not store.epochs:
-            kept = {n: np.float32(w) for n, w in zip(scores, weights, strict=True)}
-            saved = {"weights": kept, "members": variables}
-            store.save(1, saved, {"candidate": np.array(1)}, history)
-    files.write_jsonl(os.path.join(run.workdir, "metrics.jsonl"), history)
-    if not config.train.crossfit:
+    kept = {n: np.float32(w) for n, w in zip(scores, weights, strict=True)}
+    _save_once(run, 1, {"weights": kept, "members": found.variables}, history)
+    if not run.config.train.crossfit:
         return run
     mixed = mixture.mixed(list(scores.values()), weights)
     files.write_array(run_lib.out_of_fold_path(run.workdir), mixed)
-    found = run_lib.OutOfFold(mixed, [score], rule)
-    return run_lib.Run(config, run.workdir, task, found)
+    out_of_fold = run_lib.OutOfFold(mixed, [score], rule)
+    return run_lib.Run(run.config, run.workdir, run.task, out_of_fold)
+
+
+def _stack(run: run_lib.Run) -> run_lib.Run:
+    """Fits the members of a stack, then the model that reads their scores, and saves
+    all.
+
+    That model is a run of its own in `stack`, cross-fitted on the members' out-of-fold
+    scores.  Those of the rows that it learns from are of members that may have seen
+    labels of its held-out rows, never the other way round.
+
+    Returns:
+        The run with the out-of-fold scores of that model.
+    """
+    found, config, task = _fit_members(run), run.config, run.task
+    told = [validation.scores for validation in found.validations.values()]
+    on_test = [
+        member.scores(found.variables[name], task.test.inputs)
+        for name, member in run.system.members.items()
+    ]
+    task = task_lib.with_inputs(
+        config,
+        task,
+        systems.scored(task.inputs, told),
+        systems.scored(task.test.inputs, on_test),
+    )
+    workdir = os.path.join(run.workdir, "stack")
+    os.makedirs(workdir, exist_ok=True)
+    top = _cross_fit(run_lib.Run(config, workdir, task))
+    history = fit(top)
+    variables, best, _ = run_lib.chosen_params(workdir, top.system.like)
+    _save_once(run, best, {"members": found.variables, "stack": variables}, history)
+    out_of_fold = dataclasses.replace(
+        top.out_of_fold, seconds=top.out_of_fold.seconds + found.seconds
+    )
+    path = run_lib.out_of_fold_path(run.workdir)
+    files.write_array(path, out_of_fold.scores)
+    return run_lib.Run(config, run.workdir, run.task, out_of_fold)
+
+
+def _save_once(
+    run: run_lib.Run, epoch: int, variables: PyTree, history: list[dict]
+) -> None:
+    """The one checkpoint of a run that is made of others, and its metrics.jsonl."""
+    folder = os.path.join(run.workdir, "checkpoints")
+    with contextlib.closing(checkpoints.Checkpoints(folder)) as store:
+        if not store.epochs:
+            store.save(epoch, variables, {"candidate": np.array(epoch)}, history)
+    files.write_jsonl(os.path.join(run.workdir, "metrics.jsonl"), history)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import time
@@ -87,26 +86,13 @@ class Run:
         scored = [(score, -i) for i, score in enumerate(curve, 1) if score is not None]
         return -max(scored)[1] if scored else self.config.train.num_epochs
 
-    @functools.cached_property
+    @property
     def training(self) -> pipeline.Split:
-        """The training rows; with config.noise.by_row, what was added to each.
-
-        That is estimated from these rows alone.
-
-        Raises:
-            RunError: the rows are images.
-        """
-        task, split, seed = self.task, self.task.train, self.config.data.split_seed
+        """The training rows; with config.noise.by_row, what was added to each."""
+        task = self.task
         if not self.config.noise.by_row:
-            return split
-        what = "config.noise.by_row=True estimates the noise"
-        rows = _matrix(task, split.inputs, what)
-        scores = held_out_scores(rows, split.labels, seed)
-        mean = task.rates.r0
-        if not task.rates.usable:  # the rule doubts r1, seldom this
-            mean = rates.estimate(scores, split.labels).r0
-        added = row_noise.added(scores, split.labels, mean)
-        return dataclasses.replace(split, added=added)
+            return task.train
+        return dataclasses.replace(task.train, added=task.added[task.train_rows])
 
     def out_of_patience(self, history: list[dict]) -> bool:
         """Whether the last evaluations brought nothing better; never after folds."""
@@ -218,7 +204,8 @@ class Run:
         task, records = self.task, []
         if scores is not None:
             records.append(details.predictions(scores, task.test.labels, chosen))
-        decoder = params.get("params", {}).get("decoder", {})
+        neural = params.get("stack", params)
+        decoder = neural.get("params", {}).get("decoder", {})
         if "label_embeddings" in decoder:
             vectors = np.asarray(decoder["label_embeddings"])
             names = task.dataset.label_names
@@ -246,7 +233,8 @@ def counted(scores: np.ndarray, split: pipeline.Split) -> np.ndarray:
 
 
 def built(config, dataset: pipeline.Dataset | None = None) -> task_lib.Task:
-    """The task of a config, with noise rates that are estimated where unknown.
+    """The task of a config, with noise rates that are estimated where unknown, and
+    those of each row where the config asks for them.
 
     Args:
         config: validated.
@@ -257,11 +245,21 @@ def built(config, dataset: pipeline.Dataset | None = None) -> task_lib.Task:
         DataError, EmbeddingError, WeightsError: see `task.build`.
     """
     task = task_lib.build(config, dataset)
-    if config.noise.known:
+    by_row, known = config.noise.by_row, config.noise.known
+    if known and not by_row:
         return task
-    rows = _matrix(task, task.inputs, "config.noise.known=False estimates the rates")
-    found = estimated_rates(rows, task.noisy, config.data.split_seed)
-    return dataclasses.replace(task, rates=found.rates)
+    key, what = ("by_row=True", "noise") if by_row else ("known=False", "rates")
+    rows = _matrix(task, task.inputs, f"config.noise.{key} estimates the {what}")
+    scores = held_out_scores(rows, task.noisy, config.data.split_seed)
+    found = rates.estimate(scores, task.noisy)
+    if not known:
+        task = dataclasses.replace(task, rates=found.rates)
+    if not by_row:
+        return task
+    # The rule doubts r1, seldom r0.
+    mean = task.rates.r0 if task.rates.usable else found.r0
+    added = row_noise.added(scores, task.noisy, mean)
+    return dataclasses.replace(task, added=added)
 
 
 def _matrix(task: task_lib.Task, inputs: pipeline.Inputs, what: str):

@@ -2,12 +2,14 @@
 
 The variables of a model are all that it learnt, a tree of arrays.
 
-`Neural` is trained by gradient (train.py), `Fitted` in one call (fit.py), `Mixture` is
-made of others; evaluation, checkpoints and prediction do not know which they hold.
+`Neural` is trained by gradient (train.py), `Fitted` in one call (fit.py), `Mixture` and
+`Stack` are made of others; evaluation, checkpoints and prediction do not know which
+they hold.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -256,11 +258,59 @@ class Mixture:
         return self.scores(variables, inputs), None
 
 
-System = Neural | Fitted | Mixture
+class Stack:
+    """A neural model that reads the scores of other systems, `models.stack`.
+
+    Its variables are {"members": {name: variables}, "stack": variables}.
+
+    Args:
+        config: validated.
+        meta, widths, graph: of each member, see `Neural`.
+
+    Attributes:
+        members: name -> system.
+        like: None, those of the members are in the file.
+    """
+
+    like = None
+
+    def __init__(self, config, meta: models.Meta, widths: list[int], graph):
+        self.members = {
+            name: create(config_lib.member(config, name), meta, widths, graph)
+            for name in config_lib.members(config)
+        }
+        shape = (len(meta.label_vectors), len(self.members))
+        meta = dataclasses.replace(meta, inputs={"scores": (shape, "float32")})
+        self._top = Neural(config, meta, [1], graph)
+
+    def scores(self, variables: PyTree, inputs: pipeline.Inputs) -> Scores:
+        """float32 [N, L], in the order of `inputs`."""
+        told = [
+            member.scores(variables["members"][name], inputs)
+            for name, member in self.members.items()
+        ]
+        return self._top.scores(variables["stack"], scored(inputs, told))
+
+    def predict(
+        self, variables: PyTree, inputs: pipeline.Inputs
+    ) -> tuple[Scores, Decoded]:
+        """Scores; a stack decodes nothing itself."""
+        return self.scores(variables, inputs), None
+
+
+def scored(inputs: pipeline.Inputs, told: list[Scores]) -> pipeline.Scored:
+    """Rows as a stack reads them: [N, L] of each member in the order of the config."""
+    return pipeline.Scored(inputs, np.stack(told, axis=-1))
+
+
+System = Neural | Fitted | Mixture | Stack
 
 
 def create(config, meta: models.Meta, widths: list[int], graph) -> System:
-    """The system that config.model names."""
+    """The system that config.model names; of a stack whose rows are scores already,
+    the model that reads them."""
+    if config.model.name == "stack" and "scores" not in meta.inputs:
+        return Stack(config, meta, widths, graph)
     if config.model.name == "mixture":
         return Mixture(config, meta, widths, graph)
     if config.model.name in models.MODELS:

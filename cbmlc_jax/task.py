@@ -33,6 +33,7 @@ class Task:
         repaired: what is trained on in their place, or None.
         train: training rows with their noisy labels, or repaired ones: then float32
             where these are soft.
+        train_rows: int64, their numbers among the official training rows.
         validation: validation rows with the labels that training may see; under
             cross-fitting all training rows, scored by models that did not see them.
         validation_clean: [N_val, L] their clean labels, for the clean_val protocol.
@@ -45,6 +46,8 @@ class Task:
             without word vectors.
         graph: [L, L] label graph, bool or weights; or None.
         widths: bucket widths of the batches.
+        added: float32 [N], the share of its negatives that noise turned on in each
+            official training row, where that is estimated (config.noise.by_row).
     """
 
     dataset: pipeline.Dataset
@@ -52,6 +55,7 @@ class Task:
     noisy: np.ndarray
     repaired: repair.Repaired | None
     train: pipeline.Split
+    train_rows: np.ndarray
     validation: pipeline.Split
     validation_clean: np.ndarray
     test: pipeline.Split
@@ -62,6 +66,7 @@ class Task:
     embeddings: dict[str, object] | None
     graph: scipy.sparse.csr_array | None
     widths: list[int]
+    added: np.ndarray | None = None
 
 
 def build(config, dataset: pipeline.Dataset | None = None) -> Task:
@@ -185,17 +190,35 @@ def model_inputs(
 def fold(config, task: Task, held_out: np.ndarray) -> Task:
     """The task of one cross-fitting fold: `held_out` rows validate, the others train.
 
-    Everything that is learnt from labels is learnt from the others; the noise rates
-    stay those of all rows, which are one injector's.
+    Everything that is learnt from labels is learnt from the others; the noise rates,
+    also of each row, stay those of all rows, which are one injector's.
     """
     others = np.setdiff1d(np.arange(len(task.noisy)), held_out)
-    vectors = task.meta.label_vectors
+    return _again(config, task, task.inputs, task.test, others, held_out)
+
+
+def with_inputs(
+    config, task: Task, inputs: pipeline.Inputs, test: pipeline.Inputs
+) -> Task:
+    """A task of cross-fitting whose rows are described otherwise.
+
+    Args:
+        config: validated.
+        task: the same rows and labels.
+        inputs, test: of all official training rows, and of the test rows.
+    """
+    everything = np.arange(len(task.noisy))
+    test = dataclasses.replace(task.test, inputs=test)
+    return _again(config, task, inputs, test, everything, everything)
+
+
+def _again(config, task, inputs, test, train_rows, validation_rows) -> Task:
     whole = (
-        *(task.dataset, task.inputs, task.test, task.noisy, task.repaired),
-        *(vectors, task.embeddings),
+        *(task.dataset, inputs, test, task.noisy, task.repaired),
+        *(task.meta.label_vectors, task.embeddings),
     )
-    part = _on_rows(config, whole, others, held_out)
-    return dataclasses.replace(part, rates=task.rates)
+    part = _on_rows(config, whole, train_rows, validation_rows)
+    return dataclasses.replace(part, rates=task.rates, added=task.added)
 
 
 def vocabulary(config, dataset: pipeline.Dataset) -> embeddings.Vocabulary:
@@ -217,7 +240,8 @@ def vocabulary(config, dataset: pipeline.Dataset) -> embeddings.Vocabulary:
 
 def _label_vectors(config, dataset) -> tuple[np.ndarray, dict | None]:
     """Word vectors [L, P] and what was found; [L, 1] zeros for models without."""
-    if not set(config_lib.members(config)) & set(READS_LABEL_VECTORS):
+    names = {config.model.name, *config_lib.members(config)}
+    if not names & set(READS_LABEL_VECTORS):
         return np.zeros((len(dataset.label_names), 1), np.float32), None
     known = vocabulary(config, dataset)
     vectors, coverage = embeddings.label_vectors(dataset.label_texts, known)
@@ -251,6 +275,7 @@ def _on_rows(config, whole: tuple, train_rows, validation_rows) -> Task:
         noisy=noisy,
         repaired=repaired,
         train=train,
+        train_rows=train_rows,
         validation=split(seen, validation_rows),
         validation_clean=clean[validation_rows],
         test=test,

@@ -12,7 +12,7 @@ import running
 import scipy.sparse
 
 from cbmlc_jax import config as config_lib
-from cbmlc_jax import files, fit, models, predict, results, rules, train
+from cbmlc_jax import files, fit, limits, models, predict, results, rules, train
 from cbmlc_jax import run as run_lib
 from cbmlc_jax import task as task_lib
 from cbmlc_jax.models import baselines
@@ -29,6 +29,7 @@ def estimator_config(name: str, **changes):
 def test_every_name_of_the_config_is_in_one_registry():
     names = set(config_lib.CHOICES["model.name"])
     assert names == set(models.MODELS) | set(baselines.ESTIMATORS) | {"mixture"}
+    assert set(limits.FITTED) == set(baselines.ESTIMATORS)
     assert not set(models.MODELS) & set(baselines.ESTIMATORS)
     assert {key.partition("/")[0] for key in config_lib.PUBLISHED} <= names
 

@@ -194,6 +194,46 @@ class Dense:
         yield from _bytes(self.values, "<f4")
 
 
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """Rows that a model reads as what other models say of their labels.
+
+    Attributes:
+        inputs: the rows themselves, for `matrix`.
+        scores: float32 [N, L, M], of M models, each in [0, 1].
+    """
+
+    inputs: Inputs
+    scores: np.ndarray
+    decodes: ClassVar[bool] = False
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [N], all 1."""
+        return np.ones(len(self), np.int64)
+
+    def take(self, rows: np.ndarray) -> Scored:
+        """The given rows, in the given order."""
+        return Scored(self.inputs.take(rows), self.scores[rows])
+
+    def matrix(self, num_features: int) -> scipy.sparse.csr_array | np.ndarray:
+        """Of the rows themselves."""
+        return self.inputs.matrix(num_features)
+
+    def batch(self, rows: np.ndarray, width: int) -> dict[str, np.ndarray]:
+        """`scores` [len(rows), L, M]; row -1 repeats a row of the batch."""
+        del width
+        return {"scores": self.scores[filled(rows)]}
+
+    def content(self) -> Iterator[bytes]:
+        """The rows, then the scores."""
+        yield from self.inputs.content()
+        yield from _bytes(self.scores, "<f4")
+
+
 def filled(rows: np.ndarray) -> np.ndarray:
     """Row numbers with each -1 replaced by one that is there, in turn.
 

@@ -11,7 +11,15 @@ import scipy.sparse
 from jaxtyping import Int, UInt8
 
 from cbmlc_jax import rngs
-from cbmlc_jax.data.dataset import DataError, Dataset, Dense, Inputs, Ragged, Split
+from cbmlc_jax.data.dataset import (
+    DataError,
+    Dataset,
+    Dense,
+    Inputs,
+    Ragged,
+    Scored,
+    Split,
+)
 
 
 def load(settings, folder: str | None = None) -> Dataset:
@@ -230,9 +238,9 @@ def plan_batches(
 
 class Batches:
     """The batches of a plan, by number: the inputs' arrays (`tokens` int32 [B, S] and
-    perhaps `weights`, `features` or `images`), `mask` bool [B], `rows` uint32 [B] (the
-    position in the global batch) and, where given, `labels` uint8 [B, L], `ignored`
-    bool [B, L], `added` and `sample_weight` float32 [B].
+    perhaps `weights`, `features`, `images` or `scores`), `mask` bool [B], `rows` uint32
+    [B] (the position in the global batch) and, where given, `labels` uint8 [B, L],
+    `ignored` bool [B, L], `added` and `sample_weight` float32 [B].
 
     Args:
         inputs: N rows.
@@ -407,6 +415,7 @@ __all__ = [
     "Inputs",
     "Plan",
     "Ragged",
+    "Scored",
     "Split",
     "bucket_widths",
     "label_graph",

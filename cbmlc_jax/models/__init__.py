@@ -18,6 +18,7 @@ from cbmlc_jax.models.efficientnet import EfficientNetLite
 from cbmlc_jax.models.encoders import DenseEncoder, ImageEncoder, TokenEncoder
 from cbmlc_jax.models.outputs import Outputs
 from cbmlc_jax.models.resnet import ResNet
+from cbmlc_jax.models.stack import Stack
 
 __all__ = [
     "BACKBONES",
@@ -36,8 +37,8 @@ __all__ = [
 
 # config.train.matmul_precision -> `dtype` of `ops`.
 PRECISIONS = {"float32": None, "bfloat16": jnp.bfloat16}
-# The arrays of a batch that an encoder reads.
-INPUTS = ("tokens", "weights", "features", "images")
+# The arrays of a batch that a model reads.
+INPUTS = ("tokens", "weights", "features", "images", "scores")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,26 +137,35 @@ def _encoder(config, meta: Meta) -> nn.Module:
     return ENCODERS[config.model.encoder.name](config, meta)
 
 
-def _cbmlc(config, meta: Meta) -> nn.Module:
+def _decoder(config, meta: Meta) -> LabelGraphDecoder:
     settings, vectors = config.model, meta.label_vectors
+    return LabelGraphDecoder(
+        num_labels=vectors.shape[0],
+        embedding_width=vectors.shape[1],
+        width=settings.width,
+        num_blocks=settings.num_blocks,
+        num_heads=settings.num_heads,
+        ffn_width=settings.ffn_width,
+        dropout=settings.dropout,
+        embedding_init=lambda key, shape: jnp.asarray(vectors).reshape(shape),
+        dtype=PRECISIONS[config.train.matmul_precision],
+    )
+
+
+def _cbmlc(config, meta: Meta) -> nn.Module:
+    settings = config.model
     return CbMLC(
         encoder=_encoder(config, meta),
-        decoder=LabelGraphDecoder(
-            num_labels=vectors.shape[0],
-            embedding_width=vectors.shape[1],
-            width=settings.width,
-            num_blocks=settings.num_blocks,
-            num_heads=settings.num_heads,
-            ffn_width=settings.ffn_width,
-            dropout=settings.dropout,
-            embedding_init=lambda key, shape: jnp.asarray(vectors).reshape(shape),
-            dtype=PRECISIONS[config.train.matmul_precision],
-        ),
+        decoder=_decoder(config, meta),
         tied=settings.readout_tying,
         token_dropout=settings.token_dropout,
         linear=meta.num_features if settings.linear_path else None,
         intermediate=settings.intermediate_weight > 0,
     )
+
+
+def _stack(config, meta: Meta) -> nn.Module:
+    return Stack(_decoder(config, meta))
 
 
 def _ml_gcn(config, meta: Meta) -> nn.Module:
@@ -204,13 +214,14 @@ MODELS = {
     "resnet_asl": _pooled_linear,
     "resnet_bce": _pooled_linear,
     "seq2seq": _seq2seq,
+    "stack": _stack,
 }
 # Models with `Outputs.loss`; config.loss.name is not theirs.
 OWN_OBJECTIVE = ("mpvae", "seq2seq")
 # Models that start at word vectors of the labels; the others need none.
-READS_LABEL_VECTORS = ("cbmlc", "lamp", "ml_gcn")
+READS_LABEL_VECTORS = ("cbmlc", "lamp", "ml_gcn", "stack")
 # Models that compute a vector for every label of every row.
-LABEL_NODES = ("cbmlc", "lamp")
+LABEL_NODES = ("cbmlc", "lamp", "stack")
 # Parameters that are not trained, by their last name.
 CONSTANT = ("label_vectors", "feature_mean", "feature_scale")
 

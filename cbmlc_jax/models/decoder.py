@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, UInt32
 
 from cbmlc_jax.models import ops
-from cbmlc_jax.models.layers import MessageBlock
+from cbmlc_jax.models.layers import LayerNorm, MessageBlock
 from cbmlc_jax.models.neighbours import Neighbours
 
 
@@ -40,23 +40,26 @@ class LabelGraphDecoder(nn.Module):
     @nn.compact
     def __call__(
         self,
-        memory: Float[Array, "batch tokens width"],
-        valid: Bool[Array, "batch tokens"],
+        memory: Float[Array, "batch tokens width"] | None,
+        valid: Bool[Array, "batch tokens"] | None,
         graph: Bool[Array, "labels labels"] | Neighbours | None = None,
         rows: UInt32[Array, " batch"] | None = None,
+        told: Float[Array, "batch labels width"] | None = None,
     ) -> tuple[Float[Array, "labels width"], list[Float[Array, "batch labels width"]]]:
         """Decodes.
 
         Args:
-            memory: [B, S, d].
-            valid: [B, S], False at padding.
+            memory: [B, S, d], or None: the nodes hear each other alone.
+            valid: [B, S], False at padding; or None.
             graph: [L, L], True where label i may listen to label j (self loops
                 included), or its lists; None is the complete graph.
             rows: see `layers`.
+            told: [B, L, d], what each node of a row has been told before: added to v^0,
+                then LayerNorm.
 
         Returns:
             The initial nodes v^0 [L, d], and the nodes after each of the 2T updates
-            (attention and FFN), each [B, L, d].
+            (attention and FFN; T without a memory), each [B, L, d].
         """
         shape = (self.num_labels, self.embedding_width)
         nodes = self.param("label_embeddings", self.embedding_init, shape)
@@ -66,7 +69,9 @@ class LabelGraphDecoder(nn.Module):
                 "input_map", xavier, (self.embedding_width, self.width)
             )
         initial, states = nodes, []
-        input_mask = valid[:, None, None, :]
+        if told is not None:
+            nodes = LayerNorm(name="told_norm")(ops.repeat(nodes, told.shape[0]) + told)
+        input_mask = None if valid is None else valid[:, None, None, :]
         dense = graph is not None and not isinstance(graph, Neighbours)
         label_mask = graph[None, None] if dense else graph
         for i in range(self.num_blocks):
@@ -99,9 +104,11 @@ class _DecoderBlock(nn.Module):
             self.dropout,
             dtype=self.dtype,
         )
-        told = block(name="cross")(nodes, memory, input_mask, rows)
-        agreed = block(name="self")(told, told, label_mask, rows)
-        return [told, agreed]
+        states = []
+        if memory is not None:
+            nodes = block(name="cross")(nodes, memory, input_mask, rows)
+            states.append(nodes)
+        return [*states, block(name="self")(nodes, nodes, label_mask, rows)]
 
 
 def readout(
