@@ -81,6 +81,10 @@ def choose(validation: Validation) -> tuple[dict[str, dict[str, float]], list[st
         curves, used = validation.curves(protocol)
         if used != protocol:
             warnings.append(f"{validation.rates.reason}: {protocol} is {used}")
+        elif protocol == "corrected_val" and validation.rates.partial:
+            warnings.append(
+                f"{validation.rates.reason}: {protocol} corrects added labels alone"
+            )
         chosen[protocol] = thresholds.choose(curves, validation.grid)
     return chosen, warnings
 

@@ -160,9 +160,9 @@ def estimated(
     `rates.anchored` does not.
     """
     found = rates_lib.estimate(scores, on)
-    if found.anchors:
-        return found.rates
-    r0, r1 = rates_lib.anchored(scores, on)
+    r0, r1 = found.r0, found.r1
+    if not found.anchors:
+        r0, r1 = rates_lib.anchored(scores, on)
     return Rates(r0, r1, "estimated", found.reason)
 
 

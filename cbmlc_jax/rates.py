@@ -18,7 +18,11 @@ depends on the row: 1 if it is the row's only positive.  Such rows are recognise
 the empty rows that are missing, and then r1 is read from entries in whose row another
 label is on, where the flip was free, and the restored ones are added afterwards.
 Under type 3 (one positive stays) no such entry is ever on: rejected.  A mixture of
-kinds over rows is outside the assumption; its estimate is biased.
+kinds over rows is outside the assumption; its estimate is biased.  Where the kinds can
+be told apart by what they added (`row_noise`), `of_careful_rows` reads r1 from the rows
+to which next to nothing was added.
+
+Where r1 is in doubt and r0 is not, the rates are partial (`thresholds.Rates`).
 """
 
 from __future__ import annotations
@@ -42,6 +46,10 @@ LEAST_INFORMATION = 0.1  # 1 - r0 - r1, before rows are refilled
 LEAST_LIFT = 2.0  # share of ones over that of the anchors' labels, both above r0
 LEAST_NEXT = 0.7  # share of ones of the next 3 K entries over that of the anchors
 MOST_SPREAD = 0.15  # standard error of the positives, over the positives
+# r0 alone corrects labels where it made this share of the ones.
+LEAST_ADDED = 0.1
+# Rows to which less than this times r0 was added are careful, where this share is.
+CAREFUL, FEWEST_CAREFUL, MOST_CAREFUL = 0.5, 0.25, 0.95
 # Each label by itself.
 LABEL_SHARE, LABEL_FEWEST = 0.2, 30
 
@@ -61,8 +69,10 @@ class Estimate:
             that are not positive.
         anchors: K.
         refilled: estimated number of rows that got their last positive back.
-        reliable: whether the rule accepts the estimate; where not, use no value of it.
+        reliable: whether the rule accepts the estimate; where not, use no value of it
+            but r0 where `partial`.
         reason: why not, in words; "" where it is reliable.
+        partial: the doubt is of r1, and r0 made LEAST_ADDED of the ones.
     """
 
     r0: float
@@ -78,11 +88,13 @@ class Estimate:
     refilled: float
     reliable: bool
     reason: str
+    partial: bool = False
 
     @property
     def rates(self) -> Rates:
-        """For `thresholds.corrected_curves`; not usable where not reliable."""
-        return Rates(self.r0, self.r1, "estimated", self.reason)
+        """For `thresholds.corrected_curves`; not usable where neither is reliable."""
+        r1 = 0.0 if self.partial else self.r1
+        return Rates(self.r0, r1, "estimated", self.reason, self.partial)
 
 
 def estimate(
@@ -173,8 +185,62 @@ def estimate(
         reliable=True,
         reason="",
     )
-    reason = _doubt(found, anchors, on.mean(0))
-    return dataclasses.replace(found, reliable=not reason, reason=reason)
+    if reason := _blindness(found, anchors, on.mean(0)):
+        return dataclasses.replace(found, reliable=False, reason=reason)
+    reason = _doubt(found, anchors)
+    partial = bool(reason) and r0 * on.size >= LEAST_ADDED * ones
+    return dataclasses.replace(
+        found, reliable=not reason, reason=reason, partial=partial
+    )
+
+
+def of_careful_rows(
+    whole: Estimate,
+    scores: Float[np.ndarray, "rows labels"],
+    labels: UInt8[np.ndarray, "rows labels"],
+    added: Float[np.ndarray, " rows"],
+) -> Estimate:
+    """The rates, where annotators differ, by way of the rows of the careful ones.
+
+    Noise that takes no notice of a row's content strikes a random part of the rows.  So
+    the others, to which less than CAREFUL r0 was added, have their share of the clean
+    positives; and their anchors are purer, because r0 is next to nothing there:
+
+        P  = N / n P(careful)           n careful rows of N
+        r1 = 1 - r0 - (ones - r0 N L) / P
+
+    Args:
+        whole: `estimate` of the same scores and labels.
+        scores, labels: [N, L].
+        added: [N], r0 of each row (`row_noise.added`).
+
+    Returns:
+        `whole`, where fewer than FEWEST_CAREFUL or more than MOST_CAREFUL of the rows
+        are careful, or their estimate is not reliable.
+    """
+    careful = added < CAREFUL * whole.r0
+    if not FEWEST_CAREFUL <= careful.mean() <= MOST_CAREFUL:
+        return whole
+    part = estimate(scores[careful], labels[careful])
+    if not part.reliable:
+        return whole
+    size, factor = labels.size, len(careful) / careful.sum()
+    positives = part.positives * factor
+    r1 = 1 - whole.r0 - ((labels != 0).sum() - whole.r0 * size) / positives
+    if not 0 <= r1 <= 1 - whole.r0 - LEAST_INFORMATION:
+        return whole
+    return dataclasses.replace(
+        whole,
+        r1=float(r1),
+        positives=float(positives),
+        r1_spread=part.r1_spread,
+        positives_spread=part.positives_spread * factor,
+        anchors=part.anchors,
+        refilled=part.refilled,
+        reliable=True,
+        reason="",
+        partial=False,
+    )
 
 
 def anchored(
@@ -323,8 +389,8 @@ def _survival(anchors: _Anchors, sizes: np.ndarray) -> tuple[float, float]:
     return lost, refilled
 
 
-def _doubt(found: Estimate, anchors: _Anchors, prior: np.ndarray) -> str:
-    """The part of the rule that looks at the anchors; "" where it accepts them."""
+def _blindness(found: Estimate, anchors: _Anchors, prior: np.ndarray) -> str:
+    """Why the scores tell nothing of a row, so that r0 is wrong, too; "" if they do."""
     share = anchors.share()
     lift = share - found.r0 - 2 * anchors.spread()
     usual = np.average(prior[anchors.columns], weights=anchors.weight) - found.r0
@@ -333,6 +399,12 @@ def _doubt(found: Estimate, anchors: _Anchors, prior: np.ndarray) -> str:
             f"the {found.anchors} highest scores are right {share:.3f} of the time, "
             f"their labels {usual + found.r0:.3f}: the scores tell labels, not rows"
         )
+    return ""
+
+
+def _doubt(found: Estimate, anchors: _Anchors) -> str:
+    """Why r1 is doubtful, by the anchors; "" where they are accepted."""
+    share = anchors.share()
     if anchors.following - found.r0 < LEAST_NEXT * (share - found.r0):
         return (
             f"the {found.anchors} highest scores are right {share:.3f} of the time, "

@@ -64,6 +64,7 @@ def make_row(
             "r0": task.rates.r0,
             "r1": task.rates.r1,
             "doubt": task.rates.doubt,
+            "partial": task.rates.partial,
         },
         "embeddings": task.embeddings,
         "details": details,

@@ -149,9 +149,7 @@ def rates_of(validation: Validation, protocol: str) -> Rates:
 
 def protocol_of(protocol: str, row: dict) -> str:
     """A protocol that the rates of the run allow."""
-    found = row["rates"]
-    doubt = found.get("doubt", "")
-    rates = Rates(found["r0"], found["r1"], found["source"], doubt)
+    rates = Rates(**row["rates"])
     if rates.usable or protocol not in ("auto", "corrected_val"):
         return "corrected_val" if protocol == "auto" else protocol
     warnings.warn(

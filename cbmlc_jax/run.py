@@ -251,15 +251,13 @@ def built(config, dataset: pipeline.Dataset | None = None) -> task_lib.Task:
     key, what = ("by_row=True", "noise") if by_row else ("known=False", "rates")
     rows = _matrix(task, task.inputs, f"config.noise.{key} estimates the {what}")
     scores = held_out_scores(rows, task.noisy, config.data.split_seed)
-    found = rates.estimate(scores, task.noisy)
-    if not known:
-        task = dataclasses.replace(task, rates=found.rates)
-    if not by_row:
-        return task
-    # The rule doubts r1, seldom r0.
-    mean = task.rates.r0 if task.rates.usable else found.r0
-    added = row_noise.added(scores, task.noisy, mean)
-    return dataclasses.replace(task, added=added)
+    found, added = rates.estimate(scores, task.noisy), None
+    if by_row:
+        mean = task.rates.r0 if known else found.r0
+        added = row_noise.added(scores, task.noisy, mean)
+        found = rates.of_careful_rows(found, scores, task.noisy, added)
+    noise_rates = task.rates if known else found.rates
+    return dataclasses.replace(task, added=added, rates=noise_rates)
 
 
 def _matrix(task: task_lib.Task, inputs: pipeline.Inputs, what: str):

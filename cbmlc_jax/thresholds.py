@@ -38,12 +38,15 @@ class Rates:
         source: "known" (realised by the injector), "given" (by the user, in
             config.noise.r0 and r1) or "estimated".
         doubt: why an estimate is not to be used; "" where it is.
+        partial: `doubt` is of r1 alone, which counts as 0: labels that were added are
+            corrected, and lost ones are not.
     """
 
     r0: float
     r1: float
     source: str = "known"
     doubt: str = ""
+    partial: bool = False
 
     @property
     def information(self) -> float:
@@ -53,11 +56,14 @@ class Rates:
     @property
     def usable(self) -> bool:
         """Whether labels can be corrected with these rates."""
-        return not self.doubt and self.information >= LEAST_INFORMATION
+        certain = self.partial or not self.doubt
+        return certain and self.information >= LEAST_INFORMATION
 
     @property
     def reason(self) -> str:
-        """Why labels cannot be corrected with them, in words."""
+        """Why labels cannot be corrected with them, or not in full, in words."""
+        if self.partial:
+            return f"P(1->0) could not be estimated ({self.doubt}) and counts as 0"
         if self.doubt:
             return f"the noise rates could not be estimated ({self.doubt})"
         return (

@@ -41,6 +41,7 @@ def write(workdir: str, found: Validation, ignored: np.ndarray | None) -> None:
         "rates": np.array([found.rates.r0, found.rates.r1]),
         "source": np.array(found.rates.source),
         "doubt": np.array(found.rates.doubt),
+        "partial": np.array(found.rates.partial),
         "labels_are_clean": np.array(found.labels_are_clean),
         "grid": found.grid,
     }
@@ -96,12 +97,13 @@ def _read(workdir: str, path: str) -> Validation:
     if scores.shape != (rows, labels) or arrays["prior"].shape != (labels,):
         raise ValueError("its arrays are not of one shape")
     r0, r1 = arrays["rates"].tolist()
+    partial = bool(arrays.get("partial", False))  # runs of before have none
     return Validation(
         scores=scores,
         labels=bits("labels"),
         clean=None,
         prior=arrays["prior"],
-        rates=Rates(r0, r1, str(arrays["source"]), str(arrays["doubt"])),
+        rates=Rates(r0, r1, str(arrays["source"]), str(arrays["doubt"]), partial),
         labels_are_clean=bool(arrays["labels_are_clean"]),
         grid=arrays["grid"],
     )

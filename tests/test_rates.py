@@ -206,6 +206,7 @@ def test_scores_that_do_not_know_the_row_are_rejected(scorer, kind):
     found = rates.estimate(UNINFORMED[scorer](scores, noisy), noisy)
     assert not found.reliable
     assert found.reason
+    assert not found.rates.usable  # r0 is wrong, too
 
 
 @pytest.mark.parametrize("kind", ["clean", "type 1, 5 %", "type 2, 50 %"])
@@ -215,9 +216,55 @@ def test_scores_without_certain_positives_are_rejected(kind):
     rank = draw.permutation(ROWS * LABELS).reshape(ROWS, LABELS)
     clean = draw.random(rank.shape) < 0.6 * np.minimum(1, 100 / (rank + 1)) ** 0.3
     coins = draw.random(rank.shape)
-    found = rates.estimate(-rank, np.where(clean, coins >= r1, coins < r0))
+    noisy = np.where(clean, coins >= r1, coins < r0)
+    found = rates.estimate(-rank, noisy)
     assert not found.reliable
     assert "plateau" in found.reason
+    # What was added can be corrected all the same, where that is much.
+    used = found.rates
+    assert used.partial == used.usable == (kind == "type 1, 5 %")
+    if used.partial:
+        assert used == Rates(found.r0, 0.0, "estimated", found.reason, True)
+        assert abs(used.r0 - noisy[clean == 0].mean()) < 0.005
+        assert "P(1->0) could not be estimated" in used.reason
+
+
+def annotators(seed=0):
+    """(scores, clean, noisy, added): a third of the rows has a tenth of the negatives
+    turned on and keeps its positives, the others lose half of theirs."""
+    scores, clean, lossy = simulate(0.0, 0.5, seed=seed)
+    generous = simulate(0.1, 0.0, seed=seed)[2]
+    careless = rngs.generator(seed, "annotators").random(ROWS) < 1 / 3
+    noisy = np.where(careless[:, None], generous, lossy)
+    return scores, clean, noisy, np.where(careless, 0.1, 0.001)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_careful_rows_tell_what_all_rows_lost(seed):
+    scores, clean, noisy, added = annotators(seed)
+    whole = rates.estimate(scores, noisy)
+    found = rates.of_careful_rows(whole, scores, noisy, added)
+    assert found.reliable and found.r0 == whole.r0 and found != whole
+    assert abs(found.positives / clean.sum() - 1) <= 0.1
+    assert abs(found.r1 - realised(clean, noisy)[1]) <= 0.05
+    total = found.positives * (1 - found.r1 - found.r0) + found.r0 * noisy.size
+    assert total == pytest.approx(noisy.sum())
+    # The anchors of all rows together are on more often than the average positive.
+    doubted = dataclasses.replace(whole, reliable=False, reason="some", partial=True)
+    again = rates.of_careful_rows(doubted, scores, noisy, added)
+    assert again.rates == Rates(found.r0, found.r1, "estimated")
+
+
+def test_rows_that_are_alike_are_not_told_apart():
+    scores, _, noisy, added = annotators()
+    whole = rates.estimate(scores, noisy)
+    for same in (np.full(ROWS, whole.r0), np.zeros(ROWS)):
+        assert rates.of_careful_rows(whole, scores, noisy, same) is whole
+    few = np.where(np.arange(ROWS) < ROWS / 5, 0.0, 0.1)
+    assert rates.of_careful_rows(whole, scores, noisy, few) is whole
+    # Careful rows whose rates are doubtful.
+    dull = np.where((added < 0.05)[:, None], 0.5, scores)
+    assert rates.of_careful_rows(whole, dull, noisy, added) is whole
 
 
 def test_one_positive_of_each_row_is_rejected():

@@ -179,6 +179,19 @@ def test_an_unusable_estimate_is_not_used_for_precision(trained):
     assert found.threshold == expected[0]
 
 
+def test_partial_rates_are_kept_and_used(trained, tmp_path):
+    workdir, row = trained
+    rates = Rates(0.01, 0.0, "estimated", "few anchors", partial=True)
+    kept = dataclasses.replace(validation.read(workdir), rates=rates)
+    validation.write(str(tmp_path), kept, None)
+    assert validation.read(str(tmp_path)).rates == rates
+    row = row | {"rates": dataclasses.asdict(rates)}
+    assert rules.protocol_of("auto", row) == "corrected_val"
+    _, warnings = evaluate.choose(dataclasses.replace(kept, clean=kept.labels))
+    assert len(warnings) == 1
+    assert "(few anchors) and counts as 0: corrected_val corrects added" in warnings[0]
+
+
 def test_a_workdir_without_validation_scores(trained, tmp_path):
     workdir, _ = trained
     for name in ("results.jsonl", "config.json"):
