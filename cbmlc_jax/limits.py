@@ -206,7 +206,7 @@ PUBLISHED = {
     "stack": {
         "model.width": 64,
         "model.ffn_width": 128,
-        "model.num_heads": 4,
+        "model.num_heads": 2,
         "model.num_blocks": 1,
         "model.intermediate_weight": 0.0,
         "loss.name": "forward",
@@ -215,6 +215,6 @@ PUBLISHED = {
         "optim.decoupled": True,
         "optim.averaging": 0.99,
         "train.batch_size": 64,
-        "train.num_epochs": 8,
+        "train.num_epochs": 6,
     },
 }

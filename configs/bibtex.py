@@ -64,27 +64,9 @@ GRIDS = {
                     "train.crossfit": 5,
                     "noise.known": False,
                     "noise.by_row": True,
-                }
-                for name in ("kernel_ridge", "lr_knn")
-            ],
-            grids.ONE_OF_EACH,
-            seeds=range(5),
-        )
-    ],
-    # The best that there is without clean labels: three models, weighted by the same
-    # corrected miF1 of out-of-fold scores, and a threshold for each label beside one
-    # for all.
-    "mixtures": [
-        grids.Block(
-            [
-                {
-                    "model.name": "mixture",
-                    "mixture.members": "kernel_ridge,lr_knn,sleec",
-                    "train.crossfit": 5,
-                    "noise.known": False,
-                    "noise.by_row": True,
                     "eval.per_label_thresholds": True,
                 }
+                for name in ("stack", "kernel_ridge", "lr_knn")
             ],
             grids.ONE_OF_EACH,
             seeds=range(5),
