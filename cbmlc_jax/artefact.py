@@ -1,6 +1,7 @@
 """The files of an exported model, and that they are what was exported; numpy alone.
 
-manifest.json    format, kind of rows, padded lengths, sha256 of the other files
+manifest.json    format, kind of rows, padded lengths, side of the squares that images
+                 are resized to, sha256 of the other files
 model.stablehlo  (weights, inputs) -> scores, of jax.export, any batch size
 weights.npz      no pickles
 vocabulary.json  names of the labels and of the features
@@ -32,6 +33,7 @@ FILES = (
 )
 MOST_BYTES = 4 << 30  # of a file of an artefact
 MOST_MANIFEST = 1 << 20
+MOST_SIDE = 1 << 12  # pixels of the square that images are resized to
 LANES = 16  # padded lengths are multiples of it, as the model was exported
 
 
@@ -73,7 +75,12 @@ def read_manifest(folder: str) -> tuple[dict, str]:
         widths, length = manifest["widths"], manifest["typical_length"]
         whole &= all(type(w) is int and 0 < w < 1 << 24 for w in [*widths, length])
         whole &= widths == sorted(widths) and not any(w % LANES for w in widths)
-        whole &= manifest["kind"] in parsers.KINDS and len(widths) > 0
+        whole &= len(widths) > 0
+        if manifest["kind"] == "images":
+            side = manifest["side"]
+            whole &= type(side) is int and 0 < side <= MOST_SIDE
+        else:
+            whole &= manifest["kind"] in parsers.KINDS
     except (TypeError, KeyError, AttributeError):
         whole = False
     if not whole:

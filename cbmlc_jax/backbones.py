@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,13 +121,41 @@ def features(
     return pipeline.Dense(values)
 
 
+def frozen(settings, stages: int, seed: int) -> tuple[nn.Module, PyTree, int]:
+    """The network that `features` runs, its variables and the number of its stages.
+
+    Args:
+        settings: config.model.encoder.
+        stages: of the network; its variables are those of no others.
+        seed: of the weights where no file is given.
+
+    Raises:
+        WeightsError: as `into`.
+    """
+    network = models.create_backbone(settings)
+    stages = min(stages, network.num_stages)
+    example = jnp.zeros((1, 32, 32, 3), jnp.uint8)  # no shape depends on the side
+    variables = _variables(network, settings, seed, example)
+    names = [name for names, _ in network.stages()[:stages] for name in names]
+    kept = {
+        kind: {name: tree[name] for name in names if name in tree}
+        for kind, tree in variables.items()
+    }
+    return network, kept, stages
+
+
+def _variables(network, settings, seed: int, example) -> PyTree:
+    variables = jax.jit(network.init)(jax.random.key(seed), example)
+    if settings.weights != RANDOM:
+        variables = _loaded(variables, settings)
+    return variables
+
+
 def _compute(network, images, settings, stages, seed, batch_size, workers):
     plan = pipeline.plan_batches(images.lengths, batch_size, [8])
     source = pipeline.Batches(images, plan, None)
     example = jnp.asarray(images.batch(np.zeros(1, int), 8)["images"])
-    variables = jax.jit(network.init)(jax.random.key(seed), example)
-    if settings.weights != RANDOM:
-        variables = _loaded(variables, settings)
+    variables = _variables(network, settings, seed, example)
     devices = Devices.local(batch_size)
 
     def step(variables, batch, _):

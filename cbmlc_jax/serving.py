@@ -1,4 +1,4 @@
-"""Scores rows with an exported artefact: jax and numpy alone.
+"""Scores rows with an exported artefact: jax and numpy alone, for images Pillow too.
 
     python -m cbmlc_jax.serving --artefact=FOLDER --input=rows.jsonl --output=out.jsonl
 
@@ -14,6 +14,7 @@ flatbuffers.)
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -28,7 +29,7 @@ from jax import export
 from cbmlc_jax import artefact as artefact_lib
 from cbmlc_jax.artefact import ArtefactError
 from cbmlc_jax.data import parsers, tables
-from cbmlc_jax.data.dataset import DataError, Dense, Inputs, Ragged
+from cbmlc_jax.data.dataset import DataError, Dense, Inputs, Pixels, Ragged
 from cbmlc_jax.decision import Decision
 
 
@@ -46,7 +47,8 @@ class Artefact:
 
     Attributes:
         label_names, feature_names: L and F names.
-        kind: of rows, see `parsers.KINDS`.
+        kind: of rows: "images" or one of `parsers.KINDS`.
+        side: of the square that images are resized to; None for other rows.
         decision: which labels are said.
         card: the model card.
         digest: sha256 of the manifest, which has those of the other files.
@@ -61,6 +63,7 @@ class Artefact:
         names = artefact_lib.read_json(folder, manifest, "vocabulary.json")
         self.label_names, self.feature_names = names["labels"], names["features"]
         self.kind, self._widths = manifest["kind"], manifest["widths"]
+        self.side = manifest.get("side")
         self.typical_length = manifest["typical_length"]
         self.card = artefact_lib.read_json(folder, manifest, "card.json")
         try:
@@ -74,9 +77,25 @@ class Artefact:
         self._weights = jax.device_put(artefact_lib.read_weights(folder, manifest))
         self._call = jax.jit(_exported(folder, manifest).call)
 
-    def parser(self):
-        """Of rows of this artefact; see `parsers`."""
-        return parsers.KINDS[self.kind](self.feature_names)
+    def parser(self, folder: str = ""):
+        """Of rows of this artefact; see `parsers`.
+
+        Args:
+            folder: that paths of images are relative to.
+
+        Raises:
+            ServingError: rows are images, and Pillow is not installed.
+        """
+        if self.kind != "images":
+            return parsers.KINDS[self.kind](self.feature_names)
+        try:
+            importlib.import_module("PIL.Image")
+        except ImportError as error:
+            raise ServingError(
+                f"this model reads images with the package pillow ({error}): pip "
+                "install pillow"
+            ) from error
+        return parsers.Squares(folder, self.side)
 
     def scores(self, inputs: Inputs) -> np.ndarray:
         """float32 [N, L] probabilities, as the training's own system gives them."""
@@ -100,8 +119,11 @@ class Artefact:
     def predict(self, rows: Sequence[dict], top_k: int | None = None) -> list[dict]:
         """{"labels": [...], "scores": {label: score}} of rows such as JSON lines have.
 
+        An image is {"image": its path, or uint8 [height, width, 3]}.
+
         Raises:
             DataError: a row is not of this artefact's kind.
+            ServingError: see `parser`.
         """
         if not rows:
             return []
@@ -159,7 +181,7 @@ def predict_stream(
 
     Raises:
         DataError: names the first bad line.
-        ServingError: target is of something else.
+        ServingError: target is of something else; or see `Artefact.parser`.
     """
     if not os.path.isfile(source):
         raise DataError(f"no such file: {source}")
@@ -227,7 +249,8 @@ def _stream(
     skip_bad: bool,
     top_k: int | None,
 ) -> dict[str, int]:
-    counts, parser = {"rows": 0, "before": done, "bad": 0}, artefact.parser()
+    counts = {"rows": 0, "before": done, "bad": 0}
+    parser = artefact.parser(os.path.dirname(source))
 
     def bad(error: DataError) -> None:
         if not skip_bad:
@@ -278,7 +301,7 @@ def _parsed(source: str, parser, done: int, bad) -> Iterator[tuple[int, object]]
 
 
 def latency(artefact: Artefact, sizes: Sequence[int], repeats: int = 50) -> list[dict]:
-    """Time of a batch from parsed rows to labels, compiled before.
+    """Time of a batch from parsed rows (decoded images) to labels, compiled before.
 
     Rows have the median length of the training's, random features; the time does not
     depend on the weights.
@@ -287,18 +310,9 @@ def latency(artefact: Artefact, sizes: Sequence[int], repeats: int = 50) -> list
         [{"batch", "tokens", "median_ms", "least_ms", "p90_ms", "cpu_ms" (of all
         threads, median), "rows_per_second"}].
     """
-    rng = np.random.default_rng(0)
-    size, found = len(artefact.feature_names), []
+    rng, found = np.random.default_rng(0), []
     for batch in sizes:
-        if artefact.kind == "numbers":
-            inputs = Dense(rng.normal(size=(batch, size)).astype(np.float32))
-        else:
-            length = artefact.typical_length
-            rows = [rng.integers(0, size, length).tolist() for _ in range(batch)]
-            inputs = Ragged.from_rows(rows)
-            if artefact.kind == "weighted":
-                weights = rng.random(batch * length, np.float32)
-                inputs = Ragged(inputs.values, inputs.offsets, weights)
+        inputs = _random(artefact, batch, rng)
         seconds, processor = [], []
         for _ in range(repeats + 2):  # two to compile and to warm up
             start, before = time.perf_counter(), time.process_time()
@@ -320,6 +334,20 @@ def latency(artefact: Artefact, sizes: Sequence[int], repeats: int = 50) -> list
             }
         )
     return found
+
+
+def _random(artefact: Artefact, rows: int, rng: np.random.Generator) -> Inputs:
+    size, length = len(artefact.feature_names), artefact.typical_length
+    if artefact.kind == "images":
+        shape = (rows, artefact.side, artefact.side, 3)
+        return Pixels(rng.integers(0, 256, shape, np.uint8))
+    if artefact.kind == "numbers":
+        return Dense(rng.normal(size=(rows, size)).astype(np.float32))
+    inputs = Ragged.from_rows([rng.integers(0, size, length) for _ in range(rows)])
+    if artefact.kind == "weighted":
+        weights = rng.random(rows * length, np.float32)
+        inputs = Ragged(inputs.values, inputs.offsets, weights)
+    return inputs
 
 
 def _arguments() -> argparse.Namespace:

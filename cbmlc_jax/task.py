@@ -169,15 +169,15 @@ def model_inputs(
     Raises:
         DataError, WeightsError: see `backbones.features`.
     """
-    settings, neural = config.model.encoder, config.model.name in MODELS
-    if not inputs[0].decodes or (neural and not settings.cache_features):
+    settings, stages = config.model.encoder, frozen_stages(config)
+    if not inputs[0].decodes or not stages:
         return inputs
     return tuple(
         backbones.features(
             some,
             settings,
             side=config.data.side,
-            stages=settings.frozen_stages if neural else ALL_STAGES,
+            stages=stages,
             seed=config.seed,
             batch_size=config.eval.batch_size,
             workers=config.data.workers,
@@ -185,6 +185,15 @@ def model_inputs(
         )
         for some in inputs
     )
+
+
+def frozen_stages(config) -> int:
+    """How many stages of an image network make features for the model of the config,
+    which reads these; 0 where it reads the images."""
+    if config.model.name not in MODELS:
+        return ALL_STAGES
+    settings = config.model.encoder
+    return settings.frozen_stages if settings.cache_features else 0
 
 
 def fold(config, task: Task, held_out: np.ndarray) -> Task:

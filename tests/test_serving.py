@@ -88,6 +88,19 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
+def trained(name: str, system, inputs, labels: int, rng):
+    """Variables of a model, fitted to random labels or at random."""
+    if name not in baselines.ESTIMATORS:
+        return system.init()
+    given = (rng.random((len(inputs), labels)) < 0.3).astype(np.uint8)
+    more = {}
+    if name in ("kernel_ridge", "lr_knn"):  # what changes a row's part in it
+        more["added"] = rng.random(len(inputs)).astype(np.float32) * 0.2
+    if name == "lr_knn":
+        more["ignored"] = rng.random(given.shape) < 0.1
+    return system.candidates[0][1].fit(system.inputs(inputs), given, **more)
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "changes"),
     [
@@ -105,6 +118,10 @@ def slow(*values):
         ("kernel_ridge", "weighted", {}),
         ("kernel_ridge", "numbers", {}),
         ("label_prior", "set", {}),
+        ("mlknn", "weighted", {}),
+        ("mlknn", "numbers", {}),
+        ("sleec", "weighted", {"sleec.clusters": 3, "sleec.learners": 2}),
+        ("sleec", "numbers", {}),
     ],
 )
 def test_every_exported_model_is_the_one_that_was_trained(name, kind, changes):
@@ -127,17 +144,7 @@ def test_every_exported_model_is_the_one_that_was_trained(name, kind, changes):
         np.full(size, 2.0, np.float32),
     )
     system = systems.create(config, meta, [32, 64], None)
-    if name in baselines.ESTIMATORS:
-        given = (rng.random((40, labels)) < 0.3).astype(np.uint8)
-        more = {}
-        if name in ("kernel_ridge", "lr_knn"):  # what changes a row's part in it
-            more["added"] = rng.random(40).astype(np.float32) * 0.2
-        if name == "lr_knn":
-            more["ignored"] = rng.random(given.shape) < 0.1
-        estimator = system.candidates[0][1]
-        params = estimator.fit(system.inputs(inputs), given, **more)
-    else:
-        params = system.init()
+    params = trained(name, system, inputs, labels, rng)
     predictor = types.SimpleNamespace(
         config=config, meta=meta, kind=kind, system=system, params=params, graph=None
     )
@@ -149,6 +156,46 @@ def test_every_exported_model_is_the_one_that_was_trained(name, kind, changes):
         np.testing.assert_allclose(scores, expected[rows], atol=1e-6, rtol=0)
     if name != "label_prior":
         assert np.ptp(expected, axis=0).max() > 0.01, "scores that do not differ"
+
+
+def test_a_mixture_is_exported_with_the_members_that_count():
+    config = running.tiny_config(
+        **{
+            "model.name": "mixture",
+            "mixture.members": "kernel_ridge,sleec,logistic_regression,seq2seq",
+            "loss.name": "bce",
+            "loss.cb_weight": 0.0,
+        }
+    )
+    size, labels, rng = 30, 5, np.random.default_rng(1)
+    inputs, vectors = ragged(40, size, True), np.ones((labels, 8), np.float32)
+    of_rows = {"tokens": ((8,), "int32"), "weights": ((8,), "float32")}
+    meta = models.Meta(size, vectors, np.arange(labels, 0, -1), 3, of_rows)
+    system = systems.create(config, meta, [64], None)
+    shares = {"kernel_ridge": 0.5, "sleec": 0.3, "logistic_regression": 0.2}
+    shares |= {"seq2seq": 0.0}
+    members = {
+        name: trained(name, system.members[name], inputs, labels, rng)
+        for name, share in shares.items()
+        if share
+    }
+    params = {
+        "weights": {name: np.float32(share) for name, share in shares.items()},
+        "members": members,
+    }
+    predictor = types.SimpleNamespace(
+        config=config, meta=meta, kind="weighted", system=system, params=params
+    )
+    weights, program = export.exported(predictor)
+    assert {name.partition("/")[0] for name in weights} == set(members)
+    assert {str(a.dtype) for a in weights.values()} <= {"float32", "int32", "uint8"}
+    scores = jax.jit(program.call)(weights, inputs.batch(np.arange(40), 80))
+    expected = system.scores(params, inputs)
+    np.testing.assert_allclose(scores, expected, atol=1e-6, rtol=0)
+    params["weights"]["seq2seq"] = np.float32(0.1)
+    params["members"]["seq2seq"] = None
+    with pytest.raises(export.ExportError, match="seq2seq is not exported"):
+        export.exported(predictor)
 
 
 @pytest.mark.slow
@@ -296,7 +343,7 @@ class Still:
 
     digest, label_names, decision = "", ["a", "b"], Decision(0.5)
 
-    def parser(self):
+    def parser(self, folder):
         return serving.parsers.KINDS["set"](["x"] * 400)
 
     def scores(self, inputs):
@@ -320,6 +367,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
         ("manifest.json", lambda m: m | {"format": 2}, ["format 2", "reads format 1"]),
         ("manifest.json", lambda m: m | {"widths": [17]}, ["manifest.json is damaged"]),
         ("manifest.json", lambda m: [], ["manifest.json is damaged"]),
+        ("manifest.json", lambda m: m | {"kind": "images"}, ["manifest.json is damag"]),
         ("manifest.json", None, ["is no artefact", "--mode=export"]),
         ("weights.npz", None, ["weights.npz is missing", "export the model again"]),
         ("model.stablehlo", b"\0", ["model.stablehlo", "sha256 differs"]),
@@ -374,18 +422,16 @@ def test_what_is_not_exported(exported, tmp_path):
         export.export_run(workdir, folder)
     with pytest.raises(export.ExportError, match="needs --output"):
         export.export_run(workdir, None)
-    config = running.tiny_config()
-    for name, kind, message in (
-        ("sleec", "set", "sleec is not exported .*lr_knn"),
-        ("seq2seq", "sequence", "seq2seq is not exported"),
-        ("cbmlc", "images", "models of images"),
-    ):
-        config.model.name = name
-        predictor = types.SimpleNamespace(
-            config=config, kind=kind, meta=models.Meta(1, np.zeros((1, 1)), None, 1)
-        )
-        with pytest.raises(export.ExportError, match=message):
-            export.exported(predictor)
+    config = running.tiny_config(
+        **{"model.name": "seq2seq", "loss.cb_weight": 0.0, "loss.name": "bce"}
+    )
+    meta = models.Meta(1, np.zeros((1, 1)), np.ones(1), 1)
+    system = systems.create(config, meta, [16], None)
+    predictor = types.SimpleNamespace(
+        config=config, kind="sequence", meta=meta, system=system, params={}
+    )
+    with pytest.raises(export.ExportError, match="seq2seq is not exported: use --mode"):
+        export.exported(predictor)
     done = running.main(
         "--mode=export", f"--workdir={tmp_path}/none", f"--output={tmp_path}/a"
     )

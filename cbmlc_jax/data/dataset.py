@@ -234,6 +234,20 @@ class Scored:
         yield from _bytes(self.scores, "<f4")
 
 
+@dataclasses.dataclass(frozen=True)
+class Pixels(Dense):
+    """Images that are decoded and of one size already.
+
+    Attributes:
+        values: uint8 [N, side, side, 3].
+    """
+
+    def batch(self, rows: np.ndarray, width: int) -> dict[str, np.ndarray]:
+        """`images` [len(rows), side, side, 3]; row -1 repeats a row of the batch."""
+        del width
+        return {"images": self.values[filled(rows)]}
+
+
 def filled(rows: np.ndarray) -> np.ndarray:
     """Row numbers with each -1 replaced by one that is there, in turn.
 

@@ -85,15 +85,15 @@ class Images:
         return dataclasses.replace(self, paths=tuple(self.paths[row] for row in rows))
 
     def batch(self, rows: np.ndarray, width: int) -> dict[str, np.ndarray]:
-        """`images` uint8 [len(rows), side, side, 3], each warped to the square.
+        """`images` uint8 [len(rows), side, side, 3], each warped to the `square`.
 
-        Bilinear, and the aspect is not kept.  Row -1 repeats a row of the batch.
+        Row -1 repeats a row of the batch.
 
         Raises:
             DataError: names a file that is no image, or not whole.
         """
         del width
-        return self._views(rows, lambda image, row: self._resized(image))
+        return self._views(rows, lambda image, row: square(image, self.side))
 
     def augmented(
         self, rows: np.ndarray, random: Callable[[int], np.random.Generator]
@@ -112,15 +112,12 @@ class Images:
             generator = random(row)
             # Not `resize(box=)`: that mixes in what lies beside the crop.
             image = image.crop(multi_scale_crop(image.size, self.side, generator))
-            image = self._resized(image)
+            image = square(image, self.side)
             if generator.random() < 0.5:
                 image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             return image
 
         return self._views(rows, view)
-
-    def _resized(self, image: Image.Image) -> Image.Image:
-        return image.resize((self.side, self.side), Image.Resampling.BILINEAR)
 
     def _views(
         self, rows: np.ndarray, view: Callable[[Image.Image, int], Image.Image]
@@ -182,6 +179,30 @@ def decoded(path: str, read: Callable[[str], bytes] = read_file) -> Image.Image:
             f"{path} is no image that can be read ({reason}): replace it, or take it "
             "off the list"
         ) from error
+
+
+def of_array(pixels: np.ndarray) -> Image.Image:
+    """An image from its pixels, uint8 [height, width, 3] in the order RGB.
+
+    Raises:
+        DataError: they are not, or too many.
+    """
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise DataError(
+            f"an array {pixels.dtype} {list(pixels.shape)} is no image: give uint8 "
+            "[height, width, 3]"
+        )
+    if not 0 < pixels.shape[0] * pixels.shape[1] <= LARGEST_IMAGE:
+        raise DataError(
+            f"an image of {pixels.shape[1]} x {pixels.shape[0]} pixels: give 1 to "
+            f"{LARGEST_IMAGE}"
+        )
+    return Image.fromarray(pixels)
+
+
+def square(image: Image.Image, side: int) -> Image.Image:
+    """The whole image as side x side pixels: bilinear, the aspect is not kept."""
+    return image.resize((side, side), Image.Resampling.BILINEAR)
 
 
 def multi_scale_crop(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cbmlc_jax.data.dataset import DataError, Dense, Inputs, Ragged
+from cbmlc_jax.data.dataset import DataError, Dense, Inputs, Pixels, Ragged
 from cbmlc_jax.data.words import tokens
 
 
@@ -119,7 +119,7 @@ class Pictures:
     def row(self, row: dict, where: str) -> str:
         """A path."""
         _one_of(row, ("image",), where)
-        if not isinstance(row["image"], str):
+        if not isinstance(row["image"], str) or "\0" in row["image"]:
             raise DataError(f"{where}: `image` must be the path of a file")
         path = os.path.join(self._folder, row["image"])
         if not os.path.isfile(path):
@@ -134,6 +134,32 @@ class Pictures:
 
     def close(self) -> None:
         """Nothing to tell."""
+
+
+class Squares(Pictures):
+    """Images that are decoded at once, so that a bad one is a bad row.
+
+    `image` may also be an array uint8 [height, width, 3], as a program has it.
+    """
+
+    def row(self, row: dict, where: str) -> np.ndarray:
+        """uint8 [side, side, 3], as `Images.batch` makes it."""
+        from cbmlc_jax.data import images
+
+        given = row.get("image")
+        try:
+            if isinstance(given, np.ndarray):
+                image = images.of_array(given)
+            else:
+                image = images.decoded(super().row(row, where))
+        except DataError as error:
+            known = str(error).startswith(where)
+            raise error if known else DataError(f"{where}: {error}") from error
+        return np.asarray(images.square(image, self._side))
+
+    def join(self, rows: list[np.ndarray]) -> Inputs:
+        """Rows as inputs."""
+        return Pixels(np.stack(rows))
 
 
 KINDS = {

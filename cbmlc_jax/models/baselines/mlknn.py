@@ -79,20 +79,23 @@ class MLkNN:
         self, params: Params, inputs: Inputs
     ) -> Float[np.ndarray, "rows labels"]:
         """float32 [N, L] posterior probabilities."""
-        prior = np.asarray(params["prior"])[:, None]
-        present = prior * np.asarray(params["present"])
-        absent = (1 - prior) * np.asarray(params["absent"])
-        posterior = (present / (present + absent)).T.astype(np.float32)  # [k + 1, L]
-
-        labels = np.asarray(params["labels"])
-        index = index_rows(unpack(params["rows"]), len(posterior) - 1)
+        labels, by_count = np.asarray(params["labels"]), posterior(params)
+        index = index_rows(unpack(params["rows"]), len(by_count) - 1)
         scores = np.empty((inputs.shape[0], labels.shape[1]), np.float32)
         for start in range(0, len(scores), _CHUNK):
             part = slice(start, start + _CHUNK)
             nearest = nearest_rows(index, inputs[part])
             counts = neighbour_counts(nearest, labels)
-            scores[part] = np.take_along_axis(posterior, counts, axis=0)
+            scores[part] = np.take_along_axis(by_count, counts, axis=0)
         return scores
+
+
+def posterior(params: Params) -> Float[np.ndarray, "bins labels"]:
+    """P(H_l = 1 | c), float32 [k + 1, L]."""
+    prior = np.asarray(params["prior"])[:, None]
+    present = prior * np.asarray(params["present"])
+    absent = (1 - prior) * np.asarray(params["absent"])
+    return (present / (present + absent)).T.astype(np.float32)
 
 
 def index_rows(rows: Inputs, neighbours: int) -> NearestNeighbors:
