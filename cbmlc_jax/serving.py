@@ -125,12 +125,13 @@ class Artefact:
             DataError: a row is not of this artefact's kind.
             ServingError: see `parser`.
         """
-        if not rows:
-            return []
-        parser = self.parser()
-        found = [parser.row(row, f"row {i}") for i, row in enumerate(rows)]
-        scores = self.scores(parser.join(found))
-        return list(self.decision.lines(self.label_names, scores, top_k))
+        parser, said = self.parser(), []
+        for start in range(0, len(rows), self._batch_size):  # images are large
+            some = enumerate(rows[start : start + self._batch_size], start)
+            found = [parser.row(row, f"row {i}") for i, row in some]
+            scores = self.scores(parser.join(found))
+            said += self.decision.lines(self.label_names, scores, top_k)
+        return said
 
 
 def _exported(folder: str, manifest: dict) -> export.Exported:
