@@ -64,6 +64,8 @@ def of(name: str, system: systems.System, params, meta: models.Meta) -> Program:
     """
     if isinstance(system, systems.Mixture):
         return _mixture(system, params, meta)
+    if isinstance(system, systems.Stack):
+        return _stack(system, params, meta)
     if isinstance(system, systems.Fitted):
         estimator = system.candidates[0][1]
         if type(estimator) in ESTIMATORS:
@@ -131,6 +133,23 @@ def _mixture(system: systems.Mixture, params, meta: models.Meta) -> Program:
             share * called(_inside(name, weights), batch)
             for name, share, called in parts
         )
+
+    return Program(weights, score)
+
+
+def _stack(system: systems.Stack, params, meta: models.Meta) -> Program:
+    """`Stack.scores`."""
+    top = _neural(system.top, params["stack"])
+    weights, parts = _under("stack", top.weights), []
+    for name, member in system.members.items():
+        program = of(name, member, params["members"][name], meta)
+        weights |= _under(name, program.weights)
+        parts.append((name, lowered(program, meta.inputs).call))
+
+    def score(weights, batch):
+        told = [called(_inside(name, weights), batch) for name, called in parts]
+        scores = {"scores": jnp.stack(told, axis=-1)}
+        return top.score(_inside("stack", weights), scores)
 
     return Program(weights, score)
 

@@ -269,6 +269,7 @@ class Stack:
 
     Attributes:
         members: name -> system.
+        top: reads their scores.
         like: None, those of the members are in the file.
     """
 
@@ -281,7 +282,7 @@ class Stack:
         }
         shape = (len(meta.label_vectors), len(self.members))
         meta = dataclasses.replace(meta, inputs={"scores": (shape, "float32")})
-        self._top = Neural(config, meta, [1], graph)
+        self.top = Neural(config, meta, [1], graph)
 
     def scores(self, variables: PyTree, inputs: pipeline.Inputs) -> Scores:
         """float32 [N, L], in the order of `inputs`."""
@@ -289,7 +290,7 @@ class Stack:
             member.scores(variables["members"][name], inputs)
             for name, member in self.members.items()
         ]
-        return self._top.scores(variables["stack"], scored(inputs, told))
+        return self.top.scores(variables["stack"], scored(inputs, told))
 
     def predict(
         self, variables: PyTree, inputs: pipeline.Inputs

@@ -198,6 +198,39 @@ def test_a_mixture_is_exported_with_the_members_that_count():
         export.exported(predictor)
 
 
+def test_a_stack_is_exported_with_its_members():
+    names = ("kernel_ridge", "logistic_regression")
+    config = running.tiny_config(
+        **{
+            "model.name": "stack",
+            "stack.members": ",".join(names),
+            "loss.name": "forward",
+            "train.crossfit": 2,
+        }
+    )
+    size, labels, rng = 30, 5, np.random.default_rng(1)
+    inputs, vectors = ragged(40, size, True), rng.normal(size=(labels, 8))
+    of_rows = {"tokens": ((8,), "int32"), "weights": ((8,), "float32")}
+    counts = np.arange(labels, 0, -1)
+    meta = models.Meta(size, vectors.astype(np.float32), counts, 3, of_rows)
+    system = systems.create(config, meta, [64], None)
+    members = {n: trained(n, system.members[n], inputs, labels, rng) for n in names}
+    top = jax.tree.map(  # nothing at its start, where the graph says nothing
+        lambda x: np.asarray(x) + rng.normal(size=x.shape).astype(np.float32) / 9,
+        system.top.init(),
+    )
+    params = {"members": members, "stack": top}
+    predictor = types.SimpleNamespace(
+        config=config, meta=meta, kind="weighted", system=system, params=params
+    )
+    weights, program = export.exported(predictor)
+    scores = jax.jit(program.call)(weights, inputs.batch(np.arange(40), 80))
+    expected = system.scores(params, inputs)
+    np.testing.assert_allclose(scores, expected, atol=1e-6, rtol=0)
+    told = [m.scores(members[n], inputs) for n, m in system.members.items()]
+    assert np.abs(scores - np.mean(told, 0)).max() > 0.01, "the top says nothing"
+
+
 @pytest.mark.slow
 def test_rounded_products_are_exported_without_hints_for_one_compiler():
     config = running.tiny_config(**{"train.matmul_precision": "bfloat16"})
