@@ -329,10 +329,12 @@ def test_dropout_masks_follow_the_key_and_the_row():
     assert 0.5 < np.mean(mask[0] == mask[1]) < 0.66
 
 
+@pytest.mark.parametrize("strides", [None, ops.pair_strides(4)])
 @pytest.mark.parametrize("rate", [0.1, 0.2, 0.5, 0.9])
-def test_dropout_rate_and_independence(rate):
-    rows = jnp.arange(64, dtype=jnp.uint32)
-    mask = np.asarray(keep_mask(rngs.stream(1, "dropout"), rows, (64, 4, 32, 32), rate))
+def test_dropout_rate_and_independence(rate, strides):
+    rows, words = jnp.arange(64, dtype=jnp.uint32), rngs.stream(1, "dropout")
+    words = jax.random.key_data(words)
+    mask = np.asarray(ops.keep_mask(words, rows, (64, 4, 32, 32), rate, strides))
     n = mask.size
     sigma = (rate * (1 - rate)) ** 0.5
     assert abs(mask.mean() - (1 - rate)) < 5 * sigma / n**0.5

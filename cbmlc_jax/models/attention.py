@@ -21,7 +21,9 @@ from cbmlc_jax.models import neighbours
 from cbmlc_jax.models.neighbours import Neighbours
 from cbmlc_jax.models.ops import (
     LANES,
+    QUERY_STRIDE,
     keep_mask,
+    pair_strides,
     product,
     rounded,
     row_max,
@@ -72,7 +74,7 @@ def attend(
     if mask is not None:
         mask = jnp.broadcast_to(mask, (*mask.shape[:-1], keys))
     q, k, v = (_heads_first(x) for x in (q, k, v))
-    static = (queries, keys, rate, dtype)
+    static = (keys, rate, dtype)
     parts = _parts(q.shape[0])
     plan = _plan(q.shape[0], q[parts[0]].shape[0], (*q.shape[1:3], k.shape[2]))
     mixed = []
@@ -149,7 +151,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _logits(q, k, mask, static):
-    _, keys, _, dtype = static
+    keys, _, dtype = static
     logits = product(q, k, dtype, turn="y")
     if mask is not None:
         logits = jnp.where(mask, logits, _MASKED)
@@ -159,7 +161,7 @@ def _logits(q, k, mask, static):
 
 def _mix(q, k, v, mask, drop, static):
     """The mixed values; exp(logits - top), their maxima `top`, their sums."""
-    _, _, rate, dtype = static
+    _, rate, dtype = static
     logits = _logits(q, k, mask, static)
     top = row_max(logits)
     raised = stored(jnp.exp(logits - top))
@@ -172,7 +174,7 @@ def _pull(q, k, v, mask, drop, static, raised, total, mixed, g):
     """Gradients by q, k and v from that by the mixed values."""
     # With P = raised / total and dropout folded into total: dP = keep g V^T, and
     # dlogits = P (dP - sum_s P dP), the sum being that of g and the mixed values.
-    _, _, rate, dtype = static
+    _, rate, dtype = static
     g = stored(g / total)
     along = row_sum(g * mixed) * (1 - rate)
     g = rounded(g, dtype)
@@ -276,7 +278,7 @@ def _block(arrays, mask, words, rows, static, plan, at):
 
     mask = None if mask is None else part(mask)
     rows = None if rows is None else _cut(rows, 0, first, plan[0])
-    counter = start.astype(jnp.uint32) * jnp.uint32(static[1])
+    counter = start.astype(jnp.uint32) * jnp.uint32(QUERY_STRIDE)
     drop = functools.partial(_drop, words, rows, static, counter)
     return [part(x) for x in arrays], mask, drop
 
@@ -303,8 +305,8 @@ def _padded(mask: Array, shape: tuple[int, ...]) -> Array:
 
 def _drop(words, rows, static, start, x: Array) -> Array:
     """Zero where dropout says so; what stays is not scaled up here."""
-    queries, keys, rate, _ = static
+    rate = static[1]
     if rows is None:
         return x
-    strides = (queries * keys, keys, 1)
+    strides = pair_strides(x.shape[1])
     return jnp.where(keep_mask(words, rows, x.shape, rate, strides, start), x, 0)

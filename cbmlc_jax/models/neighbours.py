@@ -119,7 +119,7 @@ def attend(
     """As `attention.attend` with the graph as its mask, the same dropout included."""
     batch, labels, heads, head = q.shape
     q, k, v = (x.transpose(1, 3, 0, 2).reshape(labels, head, -1) for x in (q, k, v))
-    static = (rate, dtype, batch, labels)
+    static = (rate, dtype, batch)
     mixed = _attend(q, k, v, graph, words, rows, static)
     return mixed.reshape(labels, head, batch, heads).transpose(2, 0, 3, 1)
 
@@ -221,14 +221,13 @@ def _drop(x, readers, keys, words, rows, static):
         x: [n, S, B H].
         readers, keys: labels, [n, S] or broadcastable to it.
     """
-    rate, _, batch, labels = static
+    rate, _, batch = static
     if rows is None:
         return x
     heads = jnp.arange(x.shape[2] // batch, dtype=jnp.uint32)
-    pairs = jnp.uint32(labels) * readers.astype(jnp.uint32) + keys.astype(jnp.uint32)
-    counter = (
-        pairs[..., None, None]
-        + (heads * jnp.uint32(labels**2 % 2**32))[None, None, None]
-    )
+    strides = ops.pair_strides(len(heads))
+    head, reader = (jnp.uint32(stride % 2**32) for stride in strides[:2])
+    pairs = reader * readers.astype(jnp.uint32) + keys.astype(jnp.uint32)
+    counter = pairs[..., None, None] + (head * heads)[None, None, None]
     keep = ops.kept(words, rows, counter, rate, axis=2)
     return jnp.where(keep.reshape(x.shape), x / (1 - rate), 0)

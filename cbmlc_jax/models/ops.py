@@ -27,6 +27,8 @@ _GOLDEN = 0x9E3779B9
 # Queries and keys of attention are padded to a multiple of this: products of 159 labels
 # take XLA:CPU a third longer than of 160.
 LANES = 16
+# Of the counters of attention's dropout, see `pair_strides`.
+QUERY_STRIDE = 2**15
 # Of sums that are written as products: a GPU would round their factors to 10 bits.
 _EXACT = jax.lax.Precision.HIGHEST
 
@@ -90,6 +92,15 @@ def kept(
 
 def _prod(sizes: tuple[int, ...]) -> int:
     return functools.reduce(lambda a, b: a * b, sizes, 1)
+
+
+def pair_strides(heads: int) -> tuple[int, int, int]:
+    """Strides of `keep_mask` for attention weights [B, H, N, S].
+
+    No length is in them: a pair's draw is the same however far its row is padded.  No
+    two pairs of a row share a counter up to 2^15 keys and 2^17 / H queries.
+    """
+    return 2**32 // heads, QUERY_STRIDE, 1
 
 
 _PORTABLE = contextvars.ContextVar("portable", default=False)
