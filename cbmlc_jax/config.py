@@ -21,6 +21,7 @@ from cbmlc_jax.limits import (
     NETWORKS,
     PUBLISHED,
     RANGES,
+    SIDE_BY_SIDE,
     TOKENS,
     WITH_LOSS,
 )
@@ -147,6 +148,7 @@ def base() -> ml_collections.ConfigDict:
     c.train.matmul_precision = "float32"  # bfloat16: rounded factors of products
     c.train.num_devices = placeholder(int)  # of each process; default: all
     c.train.crossfit = 0  # K: thresholds on K-fold scores of all training rows; 0: off
+    c.train.num_replicas = 1  # K: seeds seed ... seed + K - 1, trained side by side
     c.train.progress = True
 
     c.eval = ml_collections.ConfigDict()
@@ -338,6 +340,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
             f"{name} has no trained label embeddings for a context loss: "
             "config.loss.cb_weight must be 0"
         )
+    if flat["train.num_replicas"] > 1:
+        _check_replicas(flat)
     if name in MADE_OF_OTHERS:
         _check_members(config)
     if name == "mixture":
@@ -361,6 +365,21 @@ def validate(config: ml_collections.ConfigDict) -> None:
     if flat["train.crossfit"] == 1:
         raise ConfigError(
             "config.train.crossfit=1 leaves no row to train on: 0 or 2-100"
+        )
+
+
+def _check_replicas(flat: dict[str, object]) -> None:
+    """Whether several seeds of this config can be trained side by side."""
+    number, name = flat["train.num_replicas"], flat["model.name"]
+    if name not in SIDE_BY_SIDE:
+        raise ConfigError(
+            f"config.train.num_replicas={number} is for {', '.join(SIDE_BY_SIDE)}, not "
+            f"for {name}: start {name} once for each seed"
+        )
+    if flat["train.crossfit"]:
+        raise ConfigError(
+            f"config.train.num_replicas={number} cannot be cross-fitted: set "
+            "config.train.crossfit=0, or start it once for each seed"
         )
 
 

@@ -73,7 +73,7 @@ def complete(run: run_lib.Run, command: str) -> tuple[dict, str]:
     elif run.config.train.crossfit:
         run = _cross_fit(run)
     history = fit(run)
-    return processes.of_first(lambda: _finish(run, history, command))
+    return processes.of_first(lambda: finish(run, history, command))
 
 
 def _check_processes(config) -> None:
@@ -96,8 +96,12 @@ def _check_processes(config) -> None:
     processes.check_equal("config", settings)
 
 
-def _finish(run: run_lib.Run, history: list[dict], command: str) -> tuple[dict, str]:
-    """Evaluates the chosen epoch; writes what a finished run leaves (`complete`)."""
+def finish(run: run_lib.Run, history: list[dict], command: str) -> tuple[dict, str]:
+    """Evaluates the chosen epoch; writes what a finished run leaves.
+
+    Returns:
+        The result row and the report.
+    """
     workdir = run.workdir
     params, best, _ = run_lib.chosen_params(workdir, run.system.like)
     row, text, records = run.finish(params, history, best, command)
@@ -110,13 +114,13 @@ def _finish(run: run_lib.Run, history: list[dict], command: str) -> tuple[dict, 
 def fit(run: run_lib.Run) -> list[dict]:
     """Fits what is not fitted yet into the run's checkpoints; returns the history."""
     if not processes.is_first():
-        return train.fit(run, None)
+        return train.fit([run], [None])[0]
     folder = os.path.join(run.workdir, "checkpoints")
     with contextlib.closing(checkpoints.Checkpoints(folder)) as store:
         if isinstance(run.system, systems.Mixture | systems.Stack):
             return store.history(store.epochs[-1])
         if isinstance(run.system, systems.Neural):
-            return train.fit(run, store)
+            return train.fit([run], [store])[0]
         return _search(run, store)
 
 

@@ -114,6 +114,7 @@ RANGES = {
     "train.patience": (0, None),
     "train.num_devices": (1, None),
     "train.crossfit": (0, 100),
+    "train.num_replicas": (1, None),
     "logistic_regression.cost": (1e-6, 1e6),
     "kernel_ridge.penalty": (1e-6, 1e6),
     "kernel_ridge.scores_weight": (0.0, None),
@@ -145,6 +146,9 @@ RANGES = {
 }
 # Models that config.loss trains; mpvae and seq2seq have objectives of their own.
 WITH_LOSS = ("cbmlc", "lamp", "ml_gcn", "resnet_asl", "resnet_bce", "stack")
+# Models that config.train.num_replicas trains side by side: those that are the same
+# program for every seed (seq2seq's has the order of the noisy labels in it).
+SIDE_BY_SIDE = ("cbmlc", "lamp", "ml_gcn", "mpvae", "resnet_asl", "resnet_bce")
 # Models that are fitted in one call: a stack reads their scores.
 FITTED = (
     "kernel_ridge",

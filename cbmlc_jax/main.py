@@ -113,13 +113,16 @@ def main(argv: list[str]) -> None:
 
         run_lib.evaluate_checkpoint(workdir, config_lib.data_dir(config), command)
         return
-    from cbmlc_jax import fit, parallel, processes
+    from cbmlc_jax import fit, parallel, processes, replicas
 
     parallel.keep_memory()
     if values.coordinator:
         processes.join(values.coordinator, values.num_processes, values.process_id)
     with processes.together():
-        done = fit.train_and_evaluate(config, workdir, command)
+        if config.train.num_replicas > 1:
+            done = replicas.train_and_evaluate(config, workdir, command) or None
+        else:
+            done = fit.train_and_evaluate(config, workdir, command)
     if done is None and processes.is_first():
         print(f"{workdir} holds a finished run: see report.txt there")
 

@@ -5,6 +5,8 @@ axis `axis` where there is one.  Its arguments are (carried, batch, constants): 
 is replicated, every array of the batch is cut along its first axis, constants are the
 same everywhere.  Of several processes, each gives its own devices' part of a batch and
 sees its own devices' part of what comes out.
+
+Several trainings side by side are one step by vmap, on one device and on several.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -172,6 +174,32 @@ class Devices:
         """[devices, B / devices, ...] back to [B, ...] on the host."""
         array = np.asarray(array)
         return array if self.axis is None else array.reshape(-1, *array.shape[2:])
+
+
+def side_by_side(step: Callable, number: int) -> Callable:
+    """The step of so many trainings at once; itself for one.
+
+    Carried, constants and what comes out are then [K, ...], arrays of the batch
+    [B, K, ...], so that they are cut over devices as those of one training.
+    """
+    return step if number == 1 else jax.vmap(step, in_axes=(0, 1, 0))
+
+
+def stacked(trees: Sequence[PyTree]) -> PyTree:
+    """Trees of the same shapes -> one of arrays [K, ...]; itself for one."""
+    if len(trees) == 1:
+        return trees[0]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *trees)
+
+
+def one_of(tree: PyTree, number: int, which: int) -> PyTree:
+    """The tree `which` of so many that were stacked."""
+    return tree if number == 1 else _picked(tree, which)
+
+
+@jax.jit
+def _picked(tree, which):
+    return jax.tree.map(lambda x: x[which], tree)
 
 
 def total(tree: PyTree, axis: str | None) -> PyTree:

@@ -81,13 +81,13 @@ class Progress:
                 flush=True,
             )
 
-    def epoch(self, line: dict) -> None:
-        """An epoch is done; `line` is its line of metrics.jsonl."""
+    def epoch(self, line: dict, title: str = "") -> None:
+        """An epoch is done; `line` is its line of metrics.jsonl, `title` whose."""
         if not self._shown:
             return
         self._last_line = time.perf_counter()
         score = line["selection"]["score"]
-        text = f"epoch {line['epoch']}/{self._epochs} loss {line['loss']:.4f}"
+        text = f"{title}epoch {line['epoch']}/{self._epochs} loss {line['loss']:.4f}"
         if score is not None:
             text += f" {line['selection']['rule']} miF1 {score:.4f}"
         text += f" {line['examples_per_second']:.0f} examples/s {line['seconds']:.1f} s"
@@ -111,10 +111,18 @@ class Log:
         workdir: None writes nothing.
         history: of the epochs that were done before.
         progress: is closed with the log.
+        title: stands before the lines of this one of several.
     """
 
-    def __init__(self, workdir: str | None, history: list[dict], progress: Progress):
+    def __init__(
+        self,
+        workdir: str | None,
+        history: list[dict],
+        progress: Progress,
+        title: str = "",
+    ):
         self._progress, self._path, self._events = progress, None, None
+        self._title = title
         if workdir is None:
             return
         from tensorboardX import SummaryWriter
@@ -138,7 +146,7 @@ class Log:
         for name, value in line.get("mAP", {}).items():
             write(f"mAP/{name}", value, line["epoch"])
         self._events.flush()
-        self._progress.epoch(line)
+        self._progress.epoch(line, self._title)
 
     def close(self) -> None:
         """Ends the bar and the events' file."""

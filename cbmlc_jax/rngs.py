@@ -24,8 +24,17 @@ def _words(seed: int, name: str, counters: tuple[int, ...]) -> list[int]:
 
 def stream(seed: int, name: str, *counters: int) -> jax.Array:
     """A typed threefry key [] for the stream `name` at the given counters."""
-    data = np.array(_words(seed, name, counters)[:2], np.uint32)
-    return jax.random.wrap_key_data(data, impl="threefry2x32")
+    return wrapped(words(seed, name, *counters))
+
+
+def words(seed: int, name: str, *counters: int) -> np.ndarray:
+    """The key of `stream` as uint32 [2], which can be stacked; see `wrapped`."""
+    return np.array(_words(seed, name, counters)[:2], np.uint32)
+
+
+def wrapped(words: jax.Array) -> jax.Array:
+    """The key of uint32 [2] `words`."""
+    return jax.random.wrap_key_data(words, impl="threefry2x32")
 
 
 def generator(seed: int, name: str, *counters: int) -> np.random.Generator:

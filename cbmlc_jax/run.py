@@ -72,6 +72,7 @@ class Run:
         task: task_lib.Task | None = None,
         out_of_fold: OutOfFold | None = None,
     ):
+        _check_single(config)
         self.workdir, self.out_of_fold = workdir, out_of_fold
         self.task = task or built(config)
         self.config = config = config_lib.settled(config, self.task.dataset.kind)
@@ -327,6 +328,16 @@ def out_of_patience(history: list[dict], patience: int) -> bool:
     )
 
 
+def _check_single(config) -> None:
+    """A run is of one seed: `replicas` gives each of several a config of its own."""
+    number = config.train.num_replicas
+    if number > 1:
+        raise RunError(
+            f"config.train.num_replicas={number} is for `cbmlc_jax.main` with "
+            "--mode=train alone: leave it out here"
+        )
+
+
 def claim(config, workdir: str) -> bool:
     """Writes config.json into a new workdir; checks it in one that exists.
 
@@ -336,6 +347,7 @@ def claim(config, workdir: str) -> bool:
     Raises:
         RunError: the workdir is of another config, or holds something else.
     """
+    _check_single(config)
     os.makedirs(workdir, exist_ok=True)
     path = os.path.join(workdir, "config.json")
     mine = config_lib.flatten(config)
@@ -368,6 +380,11 @@ def saved_config(workdir: str) -> dict:
         with open(path, encoding="utf8") as file:
             return json.load(file)
     except FileNotFoundError:
+        first = os.path.join(workdir, "0")
+        if os.path.exists(os.path.join(first, "config.json")):
+            raise RunError(
+                f"{workdir} holds several seeds: give one's, --workdir={first}"
+            ) from None
         raise RunError(f"{workdir} holds no run (no config.json there)") from None
     except ValueError as error:
         raise RunError(f"{path} is damaged: {error}") from error

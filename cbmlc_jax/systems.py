@@ -75,6 +75,10 @@ class Neural:
 
         self._step = self._devices.compile(step)
 
+    def share(self, other: Neural) -> None:
+        """Scores with the compiled program of `other`, which differs in its seed."""
+        self._step = other._step
+
     def init(self) -> PyTree:
         """Initial variables: random, but for an image network with given weights.
 

@@ -143,7 +143,6 @@ class Ours:
                 tx,
                 self._devices.axis,
                 steps_per_epoch=source.steps_per_epoch,
-                rates=data.rates,
             ),
             donate=True,
         )
@@ -152,10 +151,10 @@ class Ours:
         # A copy: the step takes its state's memory over.
         state = train.TrainState(step, params, stats, tx.init(params))
         self._state = self._devices.replicate(jax.tree.map(jnp.copy, state))
-        self._constants = {
-            "graph": self.system.graph,
-            "word_vectors": data.meta.label_vectors,
-        }
+        vectors, rates = data.meta.label_vectors, data.rates
+        self._constants = train.step_constants(
+            config, self.system.graph, vectors, rates
+        )
         self._compiled: dict = {}
         self.compile_seconds, self.temporary_mb = 0.0, 0.0
 

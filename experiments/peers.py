@@ -200,13 +200,12 @@ def parity(config, data: task.Task, variables, batch: dict, peer: dict) -> float
     # The gradient of the last step stays in the state of the first transformation.
     tx = optax.chain(optax.trace(decay=0.0), train.make_tx(config, 1))
     step = jax.jit(
-        train.make_train_step(
-            system.model, config, tx, None, steps_per_epoch=1, rates=data.rates
-        )
+        train.make_train_step(system.model, config, tx, None, steps_per_epoch=1)
     )
     params = variables["params"]
     state = train.TrainState(jnp.zeros((), jnp.int32), params, {}, tx.init(params))
-    constants = {"graph": system.graph, "word_vectors": data.meta.label_vectors}
+    vectors, rates = data.meta.label_vectors, data.rates
+    constants = train.step_constants(config, system.graph, vectors, rates)
     after, first = step(state, batch, constants)
     _, second = step(after, batch, constants)
     norm = optax.global_norm(after.opt_state[0].trace)

@@ -173,8 +173,10 @@ ALLOWED = PURE | {
         "parallel",
         "predict",
         "processes",
+        "replicas",
         "run",
     },
+    "replicas": {"checkpoints", "config", "fit", "grids", "processes", "run", "train"},
 }
 
 

@@ -165,11 +165,7 @@ def test_ignored_entries_move_no_parameter(reduction):
     model = models.create_model(config, meta)
     params = systems.init_variables(model, 0, meta)["params"]
     tx = optim.make_optimizer(name="sgd", learning_rate=0.1, weight_decay=0.0)
-    step = jax.jit(
-        train.make_train_step(
-            model, config, tx, None, steps_per_epoch=1, rates=thresholds.Rates(0.0, 0.0)
-        )
-    )
+    step = jax.jit(train.make_train_step(model, config, tx, None, steps_per_epoch=1))
     state = train.TrainState(jnp.zeros((), jnp.int32), params, {}, tx.init(params))
     rng = np.random.default_rng(0)
     batch = {
@@ -179,7 +175,8 @@ def test_ignored_entries_move_no_parameter(reduction):
         "mask": np.ones(4, bool),
         "rows": np.arange(4, dtype=np.uint32),
     }
-    constants = {"graph": None, "word_vectors": vectors}
+    none = thresholds.Rates(0.0, 0.0)
+    constants = train.step_constants(config, None, vectors, none)
     after = [
         step(state, batch | {"labels": batch["labels"] ^ np.array(change, np.uint8)}, c)
         for change in ([[0, 0, 0]], [[1, 0, 0]], [[0, 1, 0]])

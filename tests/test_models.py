@@ -123,7 +123,6 @@ def test_training_step_has_the_loss_and_gradient_of_the_reference(float64, name)
         tx,
         axis=None,
         steps_per_epoch=1,
-        rates=thresholds.Rates(0.0, 0.0),
     )
     state = train.TrainState(jnp.zeros((), jnp.int32), params, {}, tx.init(params))
     batch = {
@@ -132,7 +131,8 @@ def test_training_step_has_the_loss_and_gradient_of_the_reference(float64, name)
         "mask": case["mask"],
         "rows": np.arange(len(case["tokens"]), dtype=np.uint32),
     }
-    constants = {"graph": graph_of(case), "word_vectors": case["word_vectors"]}
+    none = thresholds.Rates(0.0, 0.0)
+    constants = train.step_constants(config, graph_of(case), case["word_vectors"], none)
     after, metrics = jax.jit(step)(state, batch, constants)
     np.testing.assert_allclose(metrics["loss"], case["loss"], rtol=1e-10)
     gradients = jax.tree.map(lambda a, b: a - b, after.params, params)

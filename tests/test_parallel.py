@@ -63,10 +63,10 @@ def trajectory(num_devices: int, changes: dict):
             tx,
             devices.axis,
             steps_per_epoch=3,
-            rates=thresholds.Rates(0.05, 0.3),
         )
     )
-    constants = {"graph": None, "word_vectors": vectors + 1.0}
+    rates = thresholds.Rates(0.05, 0.3)
+    constants = train.step_constants(config, None, vectors + 1.0, rates)
     losses = []
     while len(losses) < STEPS:
         plan = pipeline.plan_batches(inputs.lengths, BATCH, [8])

@@ -315,15 +315,13 @@ def test_running_averages_are_the_mean_over_devices(folder):
     batch["images"][2:] //= 4  # the second device's share is another one
     tx = train.make_tx(config_, steps_per_epoch=1)
     devices = parallel.Devices(tuple(jax.devices()[:2]))
-    none = thresholds.Rates(0.0, 0.0)
     step = devices.compile(
-        train.make_train_step(
-            model, config_, tx, devices.axis, steps_per_epoch=1, rates=none
-        )
+        train.make_train_step(model, config_, tx, devices.axis, steps_per_epoch=1)
     )
     params, stats = variables["params"], variables["batch_stats"]
     state = train.TrainState(jnp.zeros((), jnp.int32), params, stats, tx.init(params))
-    constants = {"graph": None, "word_vectors": np.zeros((20, 1), np.float32)}
+    vectors, none = np.zeros((20, 1), np.float32), thresholds.Rates(0.0, 0.0)
+    constants = train.step_constants(config_, None, vectors, none)
     after, _ = step(devices.replicate(state), devices.shard(batch), constants)
 
     @jax.jit

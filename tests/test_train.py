@@ -505,13 +505,12 @@ def test_a_row_of_weight_three_is_three_rows_of_a_step(reduction):
         **{"model.dropout": 0.0, "loss.reduction": reduction, "optim.name": "sgd"}
     )
     run = run_lib.Run(config, "")
-    tx, rates = train.make_tx(config, 1), run.task.rates
-    step = train.make_train_step(
-        run.system.model, config, tx, None, steps_per_epoch=1, rates=rates
-    )
+    tx = train.make_tx(config, 1)
+    step = train.make_train_step(run.system.model, config, tx, None, steps_per_epoch=1)
     params = run.system.init()["params"]
     state = train.TrainState(jnp.zeros((), jnp.int32), params, {}, tx.init(params))
-    constants = {"graph": None, "word_vectors": run.task.meta.label_vectors}
+    vectors, rates = run.task.meta.label_vectors, run.task.rates
+    constants = train.step_constants(config, None, vectors, rates)
     some = run.task.train.take(np.arange(3))
     weights = np.array([1, 3, 0], np.float32)
     weighted = dataclasses.replace(some, sample_weight=weights)

@@ -265,7 +265,15 @@ class Batches:
         return len(self._plan)
 
     def __getitem__(self, number: int) -> dict[str, np.ndarray]:
-        rows, width = self._plan.rows[number], self._plan.widths[number]
+        return self.batch(number, self.width(number))
+
+    def width(self, number: int) -> int:
+        """The padded length of a batch."""
+        return self._plan.widths[number]
+
+    def batch(self, number: int, width: int) -> dict[str, np.ndarray]:
+        """A batch, padded to `width`."""
+        rows = self._plan.rows[number]
         positions = np.arange(len(rows), dtype=np.uint32)[self._part]
         rows = rows[self._part]
         mask = rows >= 0
@@ -318,11 +326,24 @@ class Epochs:
         return self._epochs * self.steps_per_epoch
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        return self.batch(step, self.width(step))
+
+    def width(self, step: int) -> int:
+        """The padded length of a batch."""
+        batches, number = self._at(step)
+        return batches.width(number)
+
+    def batch(self, step: int, width: int) -> dict[str, np.ndarray]:
+        """A batch, padded to `width`."""
+        batches, number = self._at(step)
+        return batches.batch(number, width)
+
+    def _at(self, step: int) -> tuple[Batches, int]:
         epoch, number = step // self.steps_per_epoch + 1, step % self.steps_per_epoch
         current = self._current  # read once: several threads may ask
         if current is None or current[0] != epoch:
             current = self._current = (epoch, self._epoch(epoch))
-        return current[1][number]
+        return current[1], number
 
     def _epoch(self, epoch: int) -> Batches:
         order = rngs.generator(self._seed, "order", epoch)
@@ -333,8 +354,32 @@ class Epochs:
         return Batches(self.inputs, plan, self._split, random, self._part)
 
 
+class SideBySide:
+    """The batches of K trainings, by number: every array is [B, K, ...].
+
+    All have the width that the widest of them has, up to the next one of `widths`.
+
+    Args:
+        sources: K, of equally many steps.
+        widths: ascending; each is one shape to compile.
+    """
+
+    def __init__(self, sources: list[Epochs], widths: list[int]):
+        self.inputs, self._sources = sources[0].inputs, sources
+        self._widths = widths
+
+    def __len__(self) -> int:
+        return len(self._sources[0])
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]:
+        widest = max(source.width(step) for source in self._sources)
+        width = next((w for w in self._widths if w >= widest), widest)
+        parts = [source.batch(step, width) for source in self._sources]
+        return {name: np.stack([part[name] for part in parts], 1) for name in parts[0]}
+
+
 def stream(
-    source: Batches | Epochs, start: int = 0, workers: int = 0
+    source: Batches | Epochs | SideBySide, start: int = 0, workers: int = 0
 ) -> Iterator[dict[str, np.ndarray]]:
     """The batches from number `start` on, in their order.
 
@@ -414,6 +459,7 @@ __all__ = [
     "Epochs",
     "Inputs",
     "Plan",
+    "SideBySide",
     "Ragged",
     "Scored",
     "Split",
