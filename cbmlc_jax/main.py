@@ -120,9 +120,9 @@ def main(argv: list[str]) -> None:
         processes.join(values.coordinator, values.num_processes, values.process_id)
     with processes.together():
         if config.train.num_replicas > 1:
-            done = replicas.train_and_evaluate(config, workdir, command) or None
-        else:
-            done = fit.train_and_evaluate(config, workdir, command)
+            replicas.train_and_evaluate(config, workdir, command)
+            return
+        done = fit.train_and_evaluate(config, workdir, command)
     if done is None and processes.is_first():
         print(f"{workdir} holds a finished run: see report.txt there")
 

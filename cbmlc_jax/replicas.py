@@ -49,6 +49,8 @@ def train_and_evaluate(config, workdir: str, command: str) -> list[dict]:
         folder = os.path.join(workdir, str(k))
         if run_lib.claim(one, folder):
             runs.append(run_lib.Run(one, folder))
+        else:
+            print(f"{folder} holds a finished run: see report.txt there")
     for other in runs[1:]:
         _check_alike(runs[0], other)
         other.system.share(runs[0].system)
