@@ -10,10 +10,20 @@ import numpy as np
 import pytest
 import running
 
-from cbmlc_jax import checkpoints, files, fit, parallel, processes, replicas, results
+from cbmlc_jax import (
+    checkpoints,
+    files,
+    fit,
+    parallel,
+    processes,
+    replicas,
+    results,
+    task,
+)
 from cbmlc_jax import config as config_lib
 from cbmlc_jax import run as run_lib
 from cbmlc_jax.data import pipeline
+from experiments import seeds
 
 # Two widths, so that seeds have batches of different widths in one step; noise rates in
 # the loss; a patience that ends seed 1 before seed 0.
@@ -185,3 +195,13 @@ def test_a_step_of_several_on_several_devices(number):
     np.testing.assert_array_equal(sums, x.sum(0))
     found = [parallel.one_of(after, 3, k) for k in range(3)]
     np.testing.assert_array_equal(found, 1 + weights * x.sum(0))
+
+
+@pytest.mark.slow
+def test_their_time_beside_taking_turns():
+    config = config_of(**{"data.length_buckets": 1})
+    found = seeds.measure(config, task.build(config), 2, 1)
+    assert found["seeds"] == 2 and found["wider"] == 1.0
+    assert found["ratio"] == pytest.approx(
+        found["step_ms"] / found["turns_step_ms"], rel=0.05
+    )
