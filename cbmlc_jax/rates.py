@@ -20,9 +20,8 @@ label is on, where the flip was free, and the restored ones are added afterwards
 Under type 3 (one positive stays) no such entry is ever on: rejected.  A mixture of
 kinds over rows is outside the assumption; its estimate is biased.  Where the kinds can
 be told apart by what they added (`row_noise`), `of_careful_rows` reads r1 from the rows
-to which next to nothing was added.
-
-Where r1 is in doubt and r0 is not, the rates are partial (`thresholds.Rates`).
+to which next to nothing was added.  Such rows also confirm r0: where r1 is in doubt all
+the same, the rates are partial (`thresholds.Rates`).
 """
 
 from __future__ import annotations
@@ -46,10 +45,9 @@ LEAST_INFORMATION = 0.1  # 1 - r0 - r1, before rows are refilled
 LEAST_LIFT = 2.0  # share of ones over that of the anchors' labels, both above r0
 LEAST_NEXT = 0.7  # share of ones of the next 3 K entries over that of the anchors
 MOST_SPREAD = 0.15  # standard error of the positives, over the positives
-# r0 alone corrects labels where it made this share of the ones.
-LEAST_ADDED = 0.1
-# Rows to which less than this times r0 was added are careful, where this share is.
-CAREFUL, FEWEST_CAREFUL, MOST_CAREFUL = 0.5, 0.25, 0.95
+# Rows to which less than this times r0 was added are careful, where this share is, and
+# where their own anchors of r0 are on less than the last times as often.
+CAREFUL, FEWEST_CAREFUL, MOST_CAREFUL, CONFIRMED = 0.5, 0.25, 0.95, 0.25
 # Each label by itself.
 LABEL_SHARE, LABEL_FEWEST = 0.2, 30
 
@@ -72,7 +70,7 @@ class Estimate:
         reliable: whether the rule accepts the estimate; where not, use no value of it
             but r0 where `partial`.
         reason: why not, in words; "" where it is reliable.
-        partial: the doubt is of r1, and r0 made LEAST_ADDED of the ones.
+        partial: the doubt is of r1 alone, see `of_careful_rows`.
     """
 
     r0: float
@@ -185,13 +183,8 @@ def estimate(
         reliable=True,
         reason="",
     )
-    if reason := _blindness(found, anchors, on.mean(0)):
-        return dataclasses.replace(found, reliable=False, reason=reason)
-    reason = _doubt(found, anchors)
-    partial = bool(reason) and r0 * on.size >= LEAST_ADDED * ones
-    return dataclasses.replace(
-        found, reliable=not reason, reason=reason, partial=partial
-    )
+    reason = _doubt(found, anchors, on.mean(0))
+    return dataclasses.replace(found, reliable=not reason, reason=reason)
 
 
 def of_careful_rows(
@@ -209,6 +202,9 @@ def of_careful_rows(
         P  = N / n P(careful)           n careful rows of N
         r1 = 1 - r0 - (ones - r0 N L) / P
 
+    Where that is in doubt, and `whole` is, too, r0 alone counts: rows without it show
+    that it is no trait of the scores.
+
     Args:
         whole: `estimate` of the same scores and labels.
         scores, labels: [N, L].
@@ -216,19 +212,19 @@ def of_careful_rows(
 
     Returns:
         `whole`, where fewer than FEWEST_CAREFUL or more than MOST_CAREFUL of the rows
-        are careful, or their estimate is not reliable.
+        are careful, or their lowest scores are not on less than CONFIRMED r0.
     """
     careful = added < CAREFUL * whole.r0
     if not FEWEST_CAREFUL <= careful.mean() <= MOST_CAREFUL:
         return whole
     part = estimate(scores[careful], labels[careful])
-    if not part.reliable:
+    if not part.anchors or part.r0 > CONFIRMED * whole.r0:
         return whole
     size, factor = labels.size, len(careful) / careful.sum()
     positives = part.positives * factor
     r1 = 1 - whole.r0 - ((labels != 0).sum() - whole.r0 * size) / positives
-    if not 0 <= r1 <= 1 - whole.r0 - LEAST_INFORMATION:
-        return whole
+    if not part.reliable or not 0 <= r1 <= 1 - whole.r0 - LEAST_INFORMATION:
+        return dataclasses.replace(whole, partial=not whole.reliable)
     return dataclasses.replace(
         whole,
         r1=float(r1),
@@ -239,7 +235,6 @@ def of_careful_rows(
         refilled=part.refilled,
         reliable=True,
         reason="",
-        partial=False,
     )
 
 
@@ -389,8 +384,8 @@ def _survival(anchors: _Anchors, sizes: np.ndarray) -> tuple[float, float]:
     return lost, refilled
 
 
-def _blindness(found: Estimate, anchors: _Anchors, prior: np.ndarray) -> str:
-    """Why the scores tell nothing of a row, so that r0 is wrong, too; "" if they do."""
+def _doubt(found: Estimate, anchors: _Anchors, prior: np.ndarray) -> str:
+    """The part of the rule that looks at the anchors; "" where it accepts them."""
     share = anchors.share()
     lift = share - found.r0 - 2 * anchors.spread()
     usual = np.average(prior[anchors.columns], weights=anchors.weight) - found.r0
@@ -399,12 +394,6 @@ def _blindness(found: Estimate, anchors: _Anchors, prior: np.ndarray) -> str:
             f"the {found.anchors} highest scores are right {share:.3f} of the time, "
             f"their labels {usual + found.r0:.3f}: the scores tell labels, not rows"
         )
-    return ""
-
-
-def _doubt(found: Estimate, anchors: _Anchors) -> str:
-    """Why r1 is doubtful, by the anchors; "" where they are accepted."""
-    share = anchors.share()
     if anchors.following - found.r0 < LEAST_NEXT * (share - found.r0):
         return (
             f"the {found.anchors} highest scores are right {share:.3f} of the time, "

@@ -161,11 +161,11 @@ def test_cross_fitting_a_neural_model_resumes(tmp_path, monkeypatch):
     straight = fit.train_and_evaluate(config, str(tmp_path / "straight"), "test")
     calls, real = [], train.fit
 
-    def stops(run, store):
-        calls.append(run.workdir)
+    def stops(runs, stores):
+        calls.append(runs[0].workdir)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(run, store)
+        return real(runs, stores)
 
     monkeypatch.setattr(train, "fit", stops)
     with pytest.raises(KeyboardInterrupt):
@@ -240,7 +240,14 @@ PARAMS = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(SMALL))
+@pytest.mark.parametrize(
+    "name",
+    [
+        # LaMP is CbMLC with other settings.
+        pytest.param(name, marks=[pytest.mark.slow] if name == "lamp" else [])
+        for name in sorted(SMALL)
+    ],
+)
 def test_every_model_goes_from_config_to_prediction(name, tmp_path):
     """One road: fit, checkpoint, row, predict from the workdir alone."""
     changes = {"model.name": name, "train.num_epochs": 1, "loss.cb_weight": 0.0}

@@ -85,7 +85,7 @@ def trajectory(num_devices: int, changes: dict):
         # Which entries are rejected depends on all of the batch.
         ({"loss.name": "large_loss", "loss.rejected_per_epoch": 0.05}, (4,)),
         # An objective of its own, with random draws by row.
-        (
+        pytest.param(
             {
                 "model.name": "mpvae",
                 "loss.cb_weight": 0.0,
@@ -93,6 +93,7 @@ def trajectory(num_devices: int, changes: dict):
                 "optim.learning_rate": 1e-3,
             },
             (4,),
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["sum", "mean", "large_loss", "mpvae"],

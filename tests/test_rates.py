@@ -220,13 +220,10 @@ def test_scores_without_certain_positives_are_rejected(kind):
     found = rates.estimate(-rank, noisy)
     assert not found.reliable
     assert "plateau" in found.reason
-    # What was added can be corrected all the same, where that is much.
-    used = found.rates
-    assert used.partial == used.usable == (kind == "type 1, 5 %")
-    if used.partial:
-        assert used == Rates(found.r0, 0.0, "estimated", found.reason, True)
-        assert abs(used.r0 - noisy[clean == 0].mean()) < 0.005
-        assert "P(1->0) could not be estimated" in used.reason
+    # Its lowest scores are of positives, too: no r0 to correct with, not even by rows.
+    few = np.where(np.arange(ROWS) % 2, 0.0, 2 * found.r0)
+    assert rates.of_careful_rows(found, -rank, noisy, few) is found
+    assert not found.rates.usable
 
 
 def annotators(seed=0):
@@ -249,10 +246,30 @@ def test_careful_rows_tell_what_all_rows_lost(seed):
     assert abs(found.r1 - realised(clean, noisy)[1]) <= 0.05
     total = found.positives * (1 - found.r1 - found.r0) + found.r0 * noisy.size
     assert total == pytest.approx(noisy.sum())
-    # The anchors of all rows together are on more often than the average positive.
-    doubted = dataclasses.replace(whole, reliable=False, reason="some", partial=True)
+    doubted = dataclasses.replace(whole, reliable=False, reason="some")
     again = rates.of_careful_rows(doubted, scores, noisy, added)
     assert again.rates == Rates(found.r0, found.r1, "estimated")
+
+
+def test_careful_rows_confirm_what_was_added():
+    """No score is certain, so that r1 is in doubt; what the careless added is not."""
+    draw = rngs.generator(0, "careful")
+    rank = draw.permutation(ROWS * LABELS).reshape(ROWS, LABELS)
+    clean = draw.random(rank.shape) < 0.6 * np.minimum(1, 100 / (rank + 1))
+    careless = np.arange(ROWS) % 3 == 0
+    noisy = clean | (draw.random(rank.shape) < 0.1 * careless[:, None])
+    whole = rates.estimate(-rank, noisy)
+    assert not whole.reliable and not whole.rates.usable
+    added = np.where(careless, 0.1, 0.001)
+    found = rates.of_careful_rows(whole, -rank, noisy, added)
+    assert "plateau" in found.reason and not found.reliable
+    assert found.rates == Rates(whole.r0, 0.0, "estimated", found.reason, True)
+    assert found.rates.usable and "P(1->0) could not be" in found.rates.reason
+    assert abs(found.r0 - noisy[clean == 0].mean()) < 0.003
+    # A reliable estimate of all rows stands where that of the careful ones does not.
+    sure = dataclasses.replace(whole, reliable=True, reason="")
+    again = rates.of_careful_rows(sure, -rank, noisy, added)
+    assert again.reliable and not again.partial and again.r1 == whole.r1
 
 
 def test_rows_that_are_alike_are_not_told_apart():
@@ -262,9 +279,9 @@ def test_rows_that_are_alike_are_not_told_apart():
         assert rates.of_careful_rows(whole, scores, noisy, same) is whole
     few = np.where(np.arange(ROWS) < ROWS / 5, 0.0, 0.1)
     assert rates.of_careful_rows(whole, scores, noisy, few) is whole
-    # Careful rows whose rates are doubtful.
-    dull = np.where((added < 0.05)[:, None], 0.5, scores)
-    assert rates.of_careful_rows(whole, dull, noisy, added) is whole
+    # Rows that are called careful, and are not.
+    mixed = np.where(np.arange(ROWS) % 2, 0.0, 0.1)
+    assert rates.of_careful_rows(whole, scores, noisy, mixed) is whole
 
 
 def test_one_positive_of_each_row_is_rejected():

@@ -139,7 +139,9 @@ def test_only_what_fits_with_them_takes_the_rates():
     running.tiny_config(**{"noise.by_row": True, "loss.name": "forward"})
 
 
-@pytest.mark.parametrize("name", ["cbmlc", "lr_knn"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("cbmlc", marks=pytest.mark.slow), "lr_knn"]
+)
 def test_a_run_learns_them_from_its_noisy_labels(name, tmp_path):
     changes = {"model.name": name, "loss.name": "forward", "loss.cb_weight": 0.0}
     changes |= {"noise.by_row": True, "train.num_epochs": 1, "noise.known": False}

@@ -190,8 +190,12 @@ def test_a_key_that_came_later_has_its_default(copy):
         fit.train_and_evaluate(config, str(copy), "")
 
 
+@pytest.mark.slow
 def test_the_loss_in_bfloat16_is_that_in_float32(tmp_path):
-    """Every epoch's within 1 %, over more than 200 steps."""
+    """Every epoch's within 1 %, over more than 200 steps.
+
+    test_attention and test_neighbours compare single products.
+    """
     losses = {}
     for precision in ("float32", "bfloat16"):
         workdir = tmp_path / precision
@@ -487,7 +491,9 @@ def test_fixed_embeddings_stay_at_the_word_vectors(tmp_path):
     assert np.any(params["readout"] != run.system.init()["params"]["readout"])
 
 
+@pytest.mark.slow
 def test_two_devices_train_as_one(tmp_path):
+    """test_parallel compares the steps."""
     rows = []
     for n in (1, 2):
         config = running.tiny_config(
