@@ -189,6 +189,42 @@ def test_the_readme_has_the_table_of_the_rows(capsys, monkeypatch):
     assert printed in (running.ROOT / "experiments" / "README.md").read_text()
 
 
+def estimated(model: str, noise: str, seed: int, score: float, each=None) -> dict:
+    row = rows.make(model, noise=noise, seed=seed, score=score, noise__known=False)
+    row["rates"] = {"source": "estimated", "r0": 0.01, "r1": 0.2, "doubt": ""}
+    if each is not None:
+        row["per_label_metrics"] = {"corrected_val": {"maF1": each}}
+    return row
+
+
+def test_runs_with_estimated_rates_have_a_table(tmp_path):
+    found = rows.read(
+        tmp_path,
+        estimated("stack", "combined", 0, 0.5, 0.3),
+        estimated("stack", "combined", 1, 0.6, 0.4),
+        estimated("lr_knn", "combined", 0, 0.4),
+        estimated("stack", "none", 0, 0.7),
+        rows.make("mlknn", noise="combined", score=0.9),  # its rates are known
+    )
+    table = tables.build(found, "estimated", resamples=10)
+    lines = [[cell.text for cell in line.cells] for line in table.lines]
+    assert [x[1:3] for x in lines] == [
+        ["none", "stack"],
+        ["combined", "stack"],
+        ["combined", "lr_knn"],
+    ]
+    stack = lines[1]
+    assert stack[4:9] == [
+        "2",
+        ".450 ± .071",
+        ".550 ± .071",
+        ".275 ± .035",
+        ".350 ± .071",
+    ]
+    assert stack[10].split("\n") == ["+.150 (no bootstrap)", "vs lr_knn"]
+    assert lines[2][8] == "" and lines[0][9] == "no other"
+
+
 def test_published_numbers_are_whole():
     for numbers in (published.CLEAN, published.ABLATION):
         for models in numbers.values():
