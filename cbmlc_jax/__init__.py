@@ -9,6 +9,7 @@ _LAZY = {
     "CbMLCClassifier": "estimators",
     "KernelRidgeClassifier": "estimators",
     "LinearKNNClassifier": "estimators",
+    "StackClassifier": "estimators",
     "find_label_issues": "issues",
 }
 __all__ = ["__version__", *_LAZY]

@@ -196,3 +196,50 @@ class KernelRidgeClassifier(Classifier):
 
     def _values(self) -> dict[str, object]:
         return {}
+
+
+class StackClassifier(Classifier):
+    """CbMLC's label graph over the scores of other models (stack), in minutes.
+
+    Each row has a P(0->1) of its own (config.noise.by_row), unless `noise_rates` is
+    None.
+
+    Args:
+        members: models whose scores it reads, with commas between them: of
+            kernel_ridge, lr_knn, logistic_regression, mlknn, sleec, label_prior.
+        crossfit: K >= 2: every model is fitted K + 1 times.
+
+    The other parameters, and the attributes, are those of `CbMLCClassifier`.
+    """
+
+    _model = "stack"
+    _KEYS: ClassVar = {
+        "members": "stack.members",
+        "crossfit": "train.crossfit",
+        "embeddings_path": "embeddings.path",
+    }
+
+    def __init__(
+        self,
+        *,
+        members="kernel_ridge,sleec",
+        crossfit=5,
+        threshold="corrected_val",
+        metric="miF1",
+        noise_rates="estimate",
+        label_names=None,
+        embeddings="auto",
+        embeddings_path=None,
+        random_state=None,
+        verbose=False,
+        workdir=None,
+        config_overrides=None,
+    ):
+        self._keep(locals())
+
+    def _values(self) -> dict[str, object]:
+        source = "random" if self.label_names is None else self.embeddings
+        return {
+            "embeddings.source": source,
+            "noise.by_row": self.noise_rates is not None,
+        }

@@ -325,10 +325,12 @@ def _stack(run: run_lib.Run) -> run_lib.Run:
     """
     found, config, task = _fit_members(run), run.config, run.task
     told = [validation.scores for validation in found.validations.values()]
-    on_test = [
-        member.scores(found.variables[name], task.test.inputs)
-        for name, member in run.system.members.items()
-    ]
+    on_test = [scores[:0] for scores in told]
+    if len(task.test):  # not of an estimator
+        on_test = [
+            member.scores(found.variables[name], task.test.inputs)
+            for name, member in run.system.members.items()
+        ]
     task = task_lib.with_inputs(
         config,
         task,

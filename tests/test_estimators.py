@@ -27,6 +27,7 @@ from cbmlc_jax import (
     CbMLCClassifier,
     KernelRidgeClassifier,
     LinearKNNClassifier,
+    StackClassifier,
     files,
     fit,
     predict,
@@ -67,6 +68,14 @@ def neural(**changes) -> CbMLCClassifier:
         "config_overrides": TINY,
     }
     return CbMLCClassifier(**settings | changes)
+
+
+def stack(**changes) -> StackClassifier:
+    settings = {"members": "lr_knn", "crossfit": 2, "random_state": 0}
+    few = {"train.num_epochs": 1, "train.num_devices": 1, "model.width": 8}
+    few |= {"model.num_heads": 1, "model.ffn_width": 8, "train.batch_size": 32}
+    few |= {"logistic_regression.cost": 1.0}
+    return StackClassifier(**settings | {"config_overrides": few} | changes)
 
 
 ALL = pytest.mark.parametrize("make", [linear, kernel, neural])
@@ -148,7 +157,7 @@ def test_an_estimator_is_what_main_trains(make, tmp_path):
             "data.test_path": str(tmp_path / "test.npz"),
         }
     )
-    config_lib.settle(config, set())
+    config_lib.settle(config, set(estimator.config_overrides or {}))
     row = fit.train_and_evaluate(config, str(tmp_path / "run"), "test")
     scores = predict.Predictor(str(tmp_path / "run")).scores(Dense(x[60:]))
     np.testing.assert_array_equal(estimator.predict_proba(x[60:]), scores)
@@ -254,13 +263,13 @@ def test_pipeline_grid_search_and_cross_validation(data):
     np.testing.assert_allclose(scores[held_out], alone.predict_proba(texts[held_out]))
 
 
-@BOTH
+@pytest.mark.parametrize("make", [linear, kernel, neural, stack])
 def test_a_saved_estimator_predicts_the_same(make, data, tmp_path, monkeypatch):
     x, y, test = data
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     estimator = make(label_names=tuple("abcdef"), noise_rates=(0.0, 0.1))
-    if make is neural:
+    if hasattr(estimator, "embeddings"):
         estimator.set_params(embeddings="random")
     estimator.fit(x, y)
     scores, said = estimator.predict_proba(test), estimator.predict(test)
