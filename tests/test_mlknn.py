@@ -7,6 +7,7 @@ import pytest
 import scipy.sparse
 
 from cbmlc_jax import rngs
+from cbmlc_jax.models.baselines import mlknn
 from cbmlc_jax.models.baselines.mlknn import MLkNN
 
 
@@ -117,17 +118,32 @@ def test_a_lone_row_looks_at_the_others():
     np.testing.assert_allclose(params["absent"], [[5 / 7, 1 / 7, 1 / 7]])
 
 
-def test_among_equally_distant_rows_k_are_counted_and_always_the_same():
-    """All rows are equal: c is any number up to k, but every query has the same."""
+@pytest.mark.parametrize("convert", [np.asarray, scipy.sparse.csr_array])
+def test_of_equally_distant_rows_the_first_are_taken(convert):
+    """All rows are equal; of the first four, two have the label: c = 2.  A training row
+    has the first four others: one of rows 0 and 2 less where it is one of the four."""
     inputs, labels = np.ones((20, 3)), np.zeros((20, 1), np.uint8)
-    labels[::2] = 1
-    model = MLkNN(neighbours=4)
-    params = model.fit(inputs, labels)
-    queries = np.ones((7, 3))
-    scores = model.scores(params, queries)
-    assert len(np.unique(scores)) == 1
-    np.testing.assert_array_equal(scores[2:5], model.scores(params, queries[2:5]))
-    np.testing.assert_allclose(params["present"].sum(1), 1)
+    labels[[0, 2, 4, 5, 6]] = 1
+    params = MLkNN(neighbours=4).fit(convert(inputs), labels)
+    # Rows 0, 2 leave one of {0, 2} and row 4: c = 2; rows 1, 3 leave 0, 2 and 4: 3.
+    present = np.array([1, 1, 1 + 5, 1, 1]) / (5 + 5)
+    absent = np.array([1, 1, 1 + 13, 1 + 2, 1]) / (5 + 15)
+    np.testing.assert_allclose(params["present"][0], present)
+    np.testing.assert_allclose(params["absent"][0], absent)
+    prior = (1 + 5) / (2 + 20)
+    yes, no = prior * present[2], (1 - prior) * absent[2]
+    scores = MLkNN(neighbours=4).scores(params, convert(np.ones((7, 3))))
+    np.testing.assert_allclose(scores, yes / (yes + no), rtol=1e-6)
+
+
+def test_some_rows_at_a_time_are_all_rows(monkeypatch):
+    inputs, labels = example(90)
+    whole = MLkNN().fit(inputs, labels)
+    scores = MLkNN().scores(whole, inputs)
+    monkeypatch.setattr(mlknn, "_AT_ONCE", 7 * 90)
+    parts = MLkNN().fit(inputs, labels)
+    np.testing.assert_array_equal(parts["present"], whole["present"])
+    np.testing.assert_array_equal(MLkNN().scores(parts, inputs), scores)
 
 
 def test_scores_do_not_depend_on_the_batch():
@@ -141,7 +157,6 @@ def test_scores_do_not_depend_on_the_batch():
 
 
 def test_dense_and_sparse_inputs_agree():
-    """Real values: where distances are equal, the two may take different rows."""
     draw = rngs.generator(0, "sparse")
     inputs = draw.standard_normal((60, 8)) * (draw.random((60, 8)) < 0.5)
     inputs, labels = inputs + np.eye(60, 8), example()[1]

@@ -118,6 +118,7 @@ def trained(name: str, system, inputs, labels: int, rng):
         ("kernel_ridge", "weighted", {}),
         ("kernel_ridge", "numbers", {}),
         ("label_prior", "set", {}),
+        ("mlknn", "set", {}),
         ("mlknn", "weighted", {}),
         ("mlknn", "numbers", {}),
         ("sleec", "weighted", {"sleec.clusters": 3, "sleec.learners": 2}),

@@ -7,17 +7,16 @@ learning", Pattern Recognition 40 (2007) 2038-2048.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 import scipy.sparse
-import sklearn
 from jaxtyping import Float, Int, UInt8
-from sklearn.neighbors import NearestNeighbors
 
 from cbmlc_jax.models.baselines.estimator import Inputs, Params, pack, unpack
 
 _CHUNK = 2048  # rows at once: 2048 x L counts
-MEGABYTES = 64  # of distances at once
+_AT_ONCE = 1 << 22  # distances in memory: 32 MB, and a few arrays like them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +31,7 @@ class MLkNN:
     n_l counts the training rows with label l; m_1l[c] (m_0l[c]) those with (without)
     label l that have c of their k neighbours with it.  A row is never among its own
     neighbours, also where others equal it.  Distances are Euclidean, on the inputs as
-    they are; which of several equally distant rows is taken is the index's choice: the
-    same one in every call, but not the same for dense and for sparse inputs.
+    they are; of equally distant rows the first are taken.
 
     The published rule predicts where the score is above 1/2.
 
@@ -64,8 +62,7 @@ class MLkNN:
         if len(labels) < 2:
             raise ValueError(f"MLkNN has {len(labels)} training rows, needs 2 or more")
         k, s = min(self.neighbours, len(labels) - 1), self.smoothing
-        # Without queries: each row's neighbours among the others.
-        nearest = nearest_rows(index_rows(inputs, k))
+        nearest = np.concatenate(list(nearest_rows(inputs, k)))
         present, absent = _histograms(nearest, labels)
         return {
             "rows": pack(inputs),
@@ -80,13 +77,14 @@ class MLkNN:
     ) -> Float[np.ndarray, "rows labels"]:
         """float32 [N, L] posterior probabilities."""
         labels, by_count = np.asarray(params["labels"]), posterior(params)
-        index = index_rows(unpack(params["rows"]), len(by_count) - 1)
+        k, rows = len(by_count) - 1, unpack(params["rows"])
         scores = np.empty((inputs.shape[0], labels.shape[1]), np.float32)
-        for start in range(0, len(scores), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            nearest = nearest_rows(index, inputs[part])
+        start = 0
+        for nearest in nearest_rows(rows, k, inputs):
             counts = neighbour_counts(nearest, labels)
-            scores[part] = np.take_along_axis(by_count, counts, axis=0)
+            end = start + len(nearest)
+            scores[start:end] = np.take_along_axis(by_count, counts, axis=0)
+            start = end
         return scores
 
 
@@ -98,21 +96,44 @@ def posterior(params: Params) -> Float[np.ndarray, "bins labels"]:
     return (present / (present + absent)).T.astype(np.float32)
 
 
-def index_rows(rows: Inputs, neighbours: int) -> NearestNeighbors:
-    """The rows, ready to be searched for Euclidean neighbours without a tree."""
-    index = NearestNeighbors(
-        n_neighbors=neighbours, metric="euclidean", algorithm="brute"
-    )
-    return index.fit(rows)
-
-
 def nearest_rows(
-    index: NearestNeighbors, queries: Inputs | None = None
-) -> Int[np.ndarray, "rows k"]:
-    """Numbers of the indexed rows nearest to each query; without queries, to each
-    indexed row among the others."""
-    with sklearn.config_context(working_memory=MEGABYTES):
-        return index.kneighbors(queries, return_distance=False)
+    rows: Inputs, neighbours: int, queries: Inputs | None = None
+) -> Iterator[Int[np.ndarray, "queries k"]]:
+    """Numbers of the rows nearest to each query, ascending, for some queries at a time.
+
+    Sets of words are equally far from a row more often than not.  scikit-learn's search
+    then takes any; this one takes the first, so that an exported model can take the
+    same.
+
+    Args:
+        rows: [N, F].
+        neighbours: k, at most N (N - 1 without queries).
+        queries: [Q, F]; None: each row among the others.
+    """
+    rows = rows.astype(np.float64)
+    square = (rows * rows).sum(1)
+    asked = rows if queries is None else queries.astype(np.float64)
+    size = max(1, _AT_ONCE // rows.shape[0])
+    for start in range(0, asked.shape[0], size):
+        product = asked[start : start + size] @ rows.T
+        if scipy.sparse.issparse(product):
+            product = product.toarray()
+        distance = square - 2 * product  # less |query|^2
+        if queries is None:
+            own = np.arange(len(distance))
+            distance[own, start + own] = np.inf
+        yield _lowest(distance, neighbours)
+
+
+def _lowest(
+    values: Float[np.ndarray, "queries rows"], k: int
+) -> Int[np.ndarray, "queries k"]:
+    """Columns of each row's k lowest values, of equal ones the first; ascending."""
+    cut = np.partition(values, k - 1, axis=1)[:, k - 1 : k]
+    below, tied = values < cut, values == cut
+    room = k - below.sum(1, keepdims=True)
+    chosen = below | (tied & (np.cumsum(tied, axis=1) <= room))
+    return np.nonzero(chosen)[1].reshape(len(values), k)
 
 
 def neighbour_counts(

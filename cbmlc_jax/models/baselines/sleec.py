@@ -24,6 +24,7 @@ from cbmlc_jax.models.baselines import mlknn
 from cbmlc_jax.models.baselines.estimator import Inputs, Params
 
 _CHUNK = 1024  # rows at once: 1024 x N inner products
+MEGABYTES = 64  # of distances at once
 _LARGEST_GRAM = 5000  # unknowns of a dense system of equations: 200 MB
 
 
@@ -128,12 +129,15 @@ class SLEEC:
         for c in range(len(centres)):
             members = np.flatnonzero(cluster == c)
             k = min(self.neighbours, len(members))
-            index = mlknn.index_rows(embeddings[members], k)
+            index = NearestNeighbors(
+                n_neighbors=k, metric="euclidean", algorithm="brute"
+            ).fit(embeddings[members])
             ours = np.flatnonzero(assigned == c)
             for start in range(0, len(ours), _CHUNK):
                 part = ours[start : start + _CHUNK]
                 queries = (rows[part] @ weights[c]).astype(np.float32)
-                nearest = mlknn.nearest_rows(index, queries)
+                with sklearn.config_context(working_memory=MEGABYTES):
+                    nearest = index.kneighbors(queries, return_distance=False)
                 votes[part] = mlknn.neighbour_counts(members[nearest], labels) / k
         return votes
 
@@ -173,7 +177,7 @@ def similarity_graph(
     """u_i . u_j (step 1) at the observed pairs O [n, n], symmetric, zeros stored."""
     rows, k = scipy.sparse.csr_array(labels, dtype=float), min(neighbours, len(labels))
     index = NearestNeighbors(n_neighbors=k, metric="cosine", algorithm="brute")
-    with sklearn.config_context(working_memory=mlknn.MEGABYTES):
+    with sklearn.config_context(working_memory=MEGABYTES):
         graph = index.fit(rows).kneighbors_graph(rows, mode="distance")
     # 1 + u_i . u_j in between: the maximum of sparse matrices drops zeros.
     graph.data = 2 - graph.data
