@@ -17,7 +17,7 @@ Where a row never loses its last positive (`noise.keep_one`), an entry's surviva
 depends on the row: 1 if it is the row's only positive.  Such rows are recognised by
 the empty rows that are missing, and then r1 is read from entries in whose row another
 label is on, where the flip was free, and the restored ones are added afterwards.
-Under type 3 (one positive stays) no such entry is ever on: rejected.  A mixture of
+Under type 3 (one positive stays) no row has two: rejected.  A mixture of
 kinds over rows is outside the assumption; its estimate is biased.  Where the kinds can
 be told apart by what they added (`row_noise`), `of_careful_rows` reads r1 from the rows
 to which next to nothing was added.  Such rows also confirm r0: where r1 is in doubt all
@@ -113,7 +113,8 @@ def estimate(
 
     The estimate is unreliable (a rule that was fixed before it met other data) where
 
-        there are no ones, no zeros, or fewer than 4 K entries beside another positive;
+        there are no ones, no zeros, no row with two ones, or fewer than 4 K entries
+            beside another positive;
         1 - r0 - r < LEAST_INFORMATION;
         the anchors are not on, by two standard errors, LEAST_LIFT times as often as
             their labels are on average: label priors, random scores;
@@ -144,6 +145,12 @@ def estimate(
         return _nothing(on, f"a share of {share:g} of the labels is on")
     r0, r0_spread = _lowest(scores, on)
     size = on.sum(1)
+    if size.max() == 1 < on.shape[1]:
+        return _nothing(
+            on,
+            "no row has two labels, and how many they would have cannot be seen: if it "
+            "is k on average, give config.noise.r0=0 and config.noise.r1 = 1 - 1/k",
+        )
     accompanied = size[:, None] - on >= 1
     wanted = SHARE * ((on & accompanied).sum() - r0 * accompanied.sum())
     k = int(np.clip(wanted, FEWEST, MOST))
