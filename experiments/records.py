@@ -24,6 +24,8 @@ FIELDS = ("dataset", "fingerprint", "model", "config", "seed", "noise", "metrics
 FIELDS += ("thresholds", "ranking", "selection", "epoch", "params", "seconds")
 FIELDS += ("versions", "command")
 HONEST, ORACLE = "corrected_val", "oracle"
+# Keys that add to a row and change nothing else in it.
+ADDS = ("eval.per_label_thresholds",)
 
 
 class RecordError(ValueError):
@@ -162,8 +164,8 @@ def _take(text: str, place: str, rows: dict, by_digest: dict) -> None:
 
 
 def _key(row: dict, seeds: bool) -> tuple:
-    items = row["config"].items()
-    delta = sorted((k, v) for k, v in items if seeds or k not in SEED_KEYS)
+    left_out = ADDS if seeds else (*ADDS, *SEED_KEYS)
+    delta = sorted((k, v) for k, v in row["config"].items() if k not in left_out)
     noise = (row["noise"]["kind"], row["noise"]["rate"])
     return (row["dataset"], row["fingerprint"], row["model"], *noise, str(delta))
 
@@ -176,7 +178,8 @@ def _variant(group: Group, alike: list[Group]) -> str:
     differing = sorted(
         k
         for k in mine
-        if k not in (*SEED_KEYS, "preset") and any(d.get(k) != mine[k] for d in deltas)
+        if k not in (*SEED_KEYS, *ADDS, "preset")
+        and any(d.get(k) != mine[k] for d in deltas)
     )
     words = [str(mine["preset"])] if mine.get("preset") else []
     return ", ".join([*words, *(f"{k}={mine[k]}" for k in differing)])

@@ -198,9 +198,11 @@ def estimated(model: str, noise: str, seed: int, score: float, each=None) -> dic
 
 
 def test_runs_with_estimated_rates_have_a_table(tmp_path):
+    added = {"eval.per_label_thresholds": True}  # no other group for it
+    first = estimated("stack", "combined", 0, 0.5, 0.3)
     found = rows.read(
         tmp_path,
-        estimated("stack", "combined", 0, 0.5, 0.3),
+        first | {"config": first["config"] | added},
         estimated("stack", "combined", 1, 0.6, 0.4),
         estimated("lr_knn", "combined", 0, 0.4),
         estimated("stack", "none", 0, 0.7),
@@ -214,6 +216,7 @@ def test_runs_with_estimated_rates_have_a_table(tmp_path):
         ["combined", "lr_knn"],
     ]
     stack = lines[1]
+    assert stack[3] == ""
     assert stack[4:9] == [
         "2",
         ".450 ± .071",
