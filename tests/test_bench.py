@@ -76,8 +76,9 @@ def test_padding_is_not_counted():
     assert ours == alone[0] + alone[1] - shared
 
 
+@pytest.mark.slow
 def test_a_line_of_a_made_up_case():
-    """The whole command, on one shape of its own."""
+    """The whole command, on one shape of its own; the other tests see its parts."""
     flags = {
         "model.width": 8,
         "model.ffn_width": 8,

@@ -240,11 +240,14 @@ PARAMS = {
 }
 
 
+SLOW = ("lamp", "mpvae", "seq2seq")
+
+
 @pytest.mark.parametrize(
     "name",
     [
-        # LaMP is CbMLC with other settings.
-        pytest.param(name, marks=[pytest.mark.slow] if name == "lamp" else [])
+        # LaMP is CbMLC with other settings; the other two have test files of their own.
+        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
         for name in sorted(SMALL)
     ],
 )

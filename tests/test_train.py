@@ -130,8 +130,12 @@ def test_details_belong_to_the_row(finished):
     assert any(np.array_equal(v, embeddings.vectors) for v in vectors)
 
 
+@pytest.mark.slow
 def test_curves_are_looked_at_and_choose_nothing(finished, tmp_path):
-    """The same run with curves: the same row, whatever mAP says of its epochs."""
+    """The same run with curves: the same row, whatever mAP says of its epochs.
+
+    test_figures and test_report read such rows.
+    """
     config = config_lib.restore(run_lib.saved_config(str(finished)))
     config.eval.curves = True
     row = fit.train_and_evaluate(config, str(tmp_path / "watched"), "test")
