@@ -33,6 +33,15 @@ ENCODERS_OF_KIND = {
     "numbers": ("dense",),
     "images": NETWORKS,
 }
+# Models that are fitted in one call: a stack reads their scores.
+FITTED = (
+    "kernel_ridge",
+    "label_prior",
+    "logistic_regression",
+    "lr_knn",
+    "mlknn",
+    "sleec",
+)
 # Key -> allowed values.
 CHOICES = {
     "data.name": tuple(ENCODERS_OF),
@@ -50,12 +59,7 @@ CHOICES = {
         "resnet_asl",
         "resnet_bce",
         "seq2seq",
-        "kernel_ridge",
-        "label_prior",
-        "logistic_regression",
-        "lr_knn",
-        "mlknn",
-        "sleec",
+        *FITTED,
         "mixture",
         "stack",
     ),
@@ -149,15 +153,6 @@ WITH_LOSS = ("cbmlc", "lamp", "ml_gcn", "resnet_asl", "resnet_bce", "stack")
 # Models that config.train.num_replicas trains side by side: those that are the same
 # program for every seed (seq2seq's has the order of the noisy labels in it).
 SIDE_BY_SIDE = ("cbmlc", "lamp", "ml_gcn", "mpvae", "resnet_asl", "resnet_bce")
-# Models that are fitted in one call: a stack reads their scores.
-FITTED = (
-    "kernel_ridge",
-    "label_prior",
-    "logistic_regression",
-    "lr_knn",
-    "mlknn",
-    "sleec",
-)
 # Model -> the settings of its authors (sources in experiments/README.md).  They stand
 # over the config file, and the command line over them.
 PUBLISHED = {

@@ -240,10 +240,7 @@ class Mixture:
     like = None
 
     def __init__(self, config, meta: models.Meta, widths: list[int], graph):
-        self.members = {
-            name: create(config_lib.member(config, name), meta, widths, graph)
-            for name in config_lib.members(config)
-        }
+        self.members = _members(config, meta, widths, graph)
 
     def scores(self, variables: PyTree, inputs: pipeline.Inputs) -> Scores:
         """float32 [N, L], in the order of `inputs`."""
@@ -280,10 +277,7 @@ class Stack:
     like = None
 
     def __init__(self, config, meta: models.Meta, widths: list[int], graph):
-        self.members = {
-            name: create(config_lib.member(config, name), meta, widths, graph)
-            for name in config_lib.members(config)
-        }
+        self.members = _members(config, meta, widths, graph)
         shape = (len(meta.label_vectors), len(self.members))
         meta = dataclasses.replace(meta, inputs={"scores": (shape, "float32")})
         self.top = Neural(config, meta, [1], graph)
@@ -301,6 +295,14 @@ class Stack:
     ) -> tuple[Scores, Decoded]:
         """Scores; a stack decodes nothing itself."""
         return self.scores(variables, inputs), None
+
+
+def _members(config, meta, widths, graph) -> dict[str, System]:
+    """Of a mixture or a stack, by name."""
+    return {
+        name: create(config_lib.member(config, name), meta, widths, graph)
+        for name in config_lib.members(config)
+    }
 
 
 def scored(inputs: pipeline.Inputs, told: list[Scores]) -> pipeline.Scored:
