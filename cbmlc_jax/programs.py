@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from cbmlc_jax import artefact, models, systems
 from cbmlc_jax.models import ops
-from cbmlc_jax.models.baselines import kernel_ridge, lr_knn, mlknn
+from cbmlc_jax.models.baselines import kernel_ridge, lr_knn, mlknn, nearest
 from cbmlc_jax.models.baselines.kernel_ridge import KernelRidge
 from cbmlc_jax.models.baselines.label_prior import LabelPrior
 from cbmlc_jax.models.baselines.logistic_regression import LogisticRegression
@@ -233,8 +233,8 @@ def _lr_knn(estimator: LRkNN, params, meta) -> Program:
         params["labels"],
         *(params.get(name) for name in ("added", "weights", "ignored")),
     )
-    weights = _float32({"linear": params["linear"], "rows": params["rows"]})
-    weights = _listed(weights) | {"labels": labels, "worth": worth}
+    weights = _listed(_float32({k: params[k] for k in ("linear", "rows")}))
+    weights |= {"labels": labels, "worth": worth}
     if known is not None:
         weights["known"] = known
     stored = len(labels)
@@ -243,8 +243,9 @@ def _lr_knn(estimator: LRkNN, params, meta) -> Program:
     def score(weights, batch):
         z = _rescaled(weights, batch, meta.num_features, "linear/scale/")
         ours = _regression(weights, z, "linear/")
-        nearest, chosen = jax.lax.top_k(_cosines(weights, z, stored), neighbours)
-        weight = jnp.clip(nearest, 0, 1) ** 2 * weights["worth"][chosen]
+        cosine = _products(_rows(weights), _float64(_unit(z)), stored)
+        cosine, chosen = jax.lax.top_k(cosine.astype(jnp.float32), neighbours)
+        weight = jnp.clip(cosine, 0, 1) ** 2 * weights["worth"][chosen]
 
         def summed(values):
             values = values[chosen].astype(jnp.float32)
@@ -256,7 +257,7 @@ def _lr_knn(estimator: LRkNN, params, meta) -> Program:
         votes = summed(weights["labels"]) / jnp.maximum(total, 1e-12)
         return (1 - estimator.vote) * ours + estimator.vote * jnp.clip(votes, 0, 1)
 
-    return Program(weights, score)
+    return Program(weights, score, wide=True)
 
 
 def _kernel_ridge(estimator: KernelRidge, params, meta) -> Program:
@@ -288,18 +289,21 @@ def _mlknn(estimator: MLkNN, params, meta) -> Program:
     labels, posterior = np.asarray(params["labels"]), mlknn.posterior(params)
     weights = _listed(_float32({"rows": params["rows"]}))
     weights |= {"labels": labels, "posterior": posterior}
+    if "rows/dense" in weights:
+        weights |= _centred(weights["rows/dense"])
     stored, neighbours = len(labels), len(posterior) - 1
 
     def score(weights, batch):
-        z = _matrix(_float64(batch), meta.num_features)
-        rows = _float64({k: v for k, v in weights.items() if k.startswith("rows/")})
+        z = _matrix(batch, meta.num_features)
+        rows = _rows(weights)
         if "rows/dense" in rows:
+            z -= weights["rows/centre"][None]
             square = (rows["rows/dense"] ** 2).sum(1)
         else:
             square = _by_row(rows, rows["rows/data"] ** 2, stored)
-        # Less |z|^2, which is the same for all.
-        near = 2 * _products(rows, z, stored) - square[None]
-        counts = _counts(weights["labels"], jax.lax.top_k(near, neighbours)[1])
+        near = 2 * _products(rows, _float64(z), stored) - square[None]
+        chosen = jax.lax.top_k(near.astype(jnp.float32), neighbours)[1]
+        counts = _counts(weights["labels"], chosen)
         return jnp.take_along_axis(weights["posterior"], counts, axis=0)
 
     return Program(weights, score, wide=True)
@@ -313,23 +317,24 @@ def _sleec(estimator: SLEEC, params, meta) -> Program:
         weights[f"{learner}/centres"] = part["centres"].astype(np.float32)
         for c, projection in enumerate(part["weights"]):
             members = np.flatnonzero(part["cluster"] == c)
-            weights |= {
-                f"{learner}/{c}/projection": projection,
-                f"{learner}/{c}/embeddings": part["embeddings"][members],
-                f"{learner}/{c}/members": members.astype(np.int32),
-            }
+            weights |= _under(
+                f"{learner}/{c}",
+                {"projection": projection, "members": members.astype(np.int32)}
+                | _centred(part["embeddings"][members]),
+            )
     weights["labels"] = labels
 
     def votes(weights, assigned, z, learner, c):
         """[B, L] of one cluster, 0 for rows of other ones."""
-        names = ("projection", "embeddings", "members")
-        projection, rows, members = (weights[f"{learner}/{c}/{k}"] for k in names)
+        ours = _inside(f"{learner}/{c}", weights)
         # Rounded in between, as there.
-        queries = (z @ projection.astype(z.dtype)).astype(jnp.float32)
-        queries, rows = _float64((queries, rows))
+        queries = (z @ _float64(ours["projection"])).astype(jnp.float32)
+        queries = _float64(queries - ours["rows/centre"][None])
+        rows = _float64(ours["rows/dense"])
         near = 2 * queries @ rows.T - (rows**2).sum(1)[None]
         neighbours = min(estimator.neighbours, len(rows))
-        chosen = members[jax.lax.top_k(near, neighbours)[1]]
+        chosen = jax.lax.top_k(near.astype(jnp.float32), neighbours)[1]
+        chosen = ours["members"][chosen]
         share = _counts(weights["labels"], chosen) / neighbours
         return jnp.where((assigned == c)[:, None], share, 0)
 
@@ -345,6 +350,17 @@ def _sleec(estimator: SLEEC, params, meta) -> Program:
         return (total / estimator.learners).astype(jnp.float32)
 
     return Program(weights, score, wide=True)
+
+
+def _centred(rows: Float[np.ndarray, "stored width"]) -> Weights:
+    """Dense rows as `nearest.by_distance` compares them."""
+    centre = nearest.centre(rows)
+    return {"rows/dense": (rows - centre).astype(np.float32), "rows/centre": centre}
+
+
+def _rows(weights: Weights) -> Weights:
+    """The stored rows in float64."""
+    return _float64({k: v for k, v in weights.items() if k.startswith("rows/")})
 
 
 def _float64(tree):

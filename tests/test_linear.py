@@ -83,7 +83,7 @@ def test_labels_that_never_or_always_hold():
 
 def test_the_vote_by_hand():
     """Query (1, 0): cosines 1, .6, 0 with the rows; k = 2 takes the first two."""
-    rows = np.array([[2.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
+    rows = np.array([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
     labels = np.array([[1, 0], [0, 1], [1, 1]], np.uint8)
     query = np.array([[1.0, 0.0]])
     weight = 1 + 0.36

@@ -7,7 +7,7 @@ import pytest
 import scipy.sparse
 
 from cbmlc_jax import rngs
-from cbmlc_jax.models.baselines import mlknn
+from cbmlc_jax.models.baselines import nearest
 from cbmlc_jax.models.baselines.mlknn import MLkNN
 
 
@@ -140,7 +140,7 @@ def test_some_rows_at_a_time_are_all_rows(monkeypatch):
     inputs, labels = example(90)
     whole = MLkNN().fit(inputs, labels)
     scores = MLkNN().scores(whole, inputs)
-    monkeypatch.setattr(mlknn, "_AT_ONCE", 7 * 90)
+    monkeypatch.setattr(nearest, "_AT_ONCE", 7 * 90)
     parts = MLkNN().fit(inputs, labels)
     np.testing.assert_array_equal(parts["present"], whole["present"])
     np.testing.assert_array_equal(MLkNN().scores(parts, inputs), scores)

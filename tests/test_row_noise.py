@@ -92,12 +92,12 @@ def test_the_fit_minimises_the_forward_loss(dense):
 
 
 def test_rows_of_doubt_count_less_in_the_vote():
-    rows = np.array([[1.0, 0.0], [1.0, 0.0], [1.0, 0.1]])
+    rows = np.array([[1.0, 0.0], [1.0, 0.0], [0.8, 0.6]])
     labels = np.array([[1, 0], [1, 1], [0, 1]], np.uint8)
     query, added = np.array([[1.0, 0.0]]), np.array([0.0, 0.4, 0.0], np.float32)
     vote = lr_knn.cosine_vote(rows, labels, query, 3, added)
     m = labels.mean() - added.mean()
-    cosine = np.array([1, 1, 1 / np.sqrt(1.01)])
+    cosine = np.array([1, 1, 0.8])
     weight = cosine**2 * (1 - added) ** 2 / (added * (1 - added) + m)
     unbiased = (labels - added[:, None]) / (1 - added[:, None])
     expected = weight @ unbiased / weight.sum()

@@ -7,20 +7,20 @@ import dataclasses
 import numpy as np
 import scipy.sparse
 from jaxtyping import Bool, Float, UInt8
-from sklearn.neighbors import NearestNeighbors
+from sklearn.preprocessing import normalize
 
 from cbmlc_jax.models.baselines import logistic_regression as linear
+from cbmlc_jax.models.baselines import nearest
 from cbmlc_jax.models.baselines.estimator import Inputs, Params, pack, unpack
-
-_CHUNK = 2048  # query rows at once: 2048 x N distances
 
 
 @dataclasses.dataclass(frozen=True)
 class LRkNN:
     """score = (1 - v) logistic regression + v sum_j s_j^2 y_j / sum_j s_j^2.
 
-    j runs over the k training rows of the largest cosine s_j with the query, on the
-    same tf-idf (or standardised) rows as the regression; a negative s_j counts 0.
+    j runs over the k training rows of the largest cosine s_j with the query, of equal
+    ones the first, on the same tf-idf (or standardised) rows as the regression; a
+    negative s_j counts 0.
     With rates of added labels see `cosine_vote`.
     Where rows have weights w, w_j s_j^2 stands for s_j^2: a row of weight 2 is one
     neighbour, not two.
@@ -49,8 +49,8 @@ class LRkNN:
         """
         regression = linear.LogisticRegression(self.cost)
         params = regression.fit(inputs, labels, added, weights, ignored)
-        rows = linear.rescale(params["scale"], inputs).astype(np.float32)
-        stored = {"linear": params, "rows": pack(rows), "labels": labels}
+        rows = pack(_unit_rows(params["scale"], inputs))
+        stored = {"linear": params, "rows": rows, "labels": labels}
         given = {"added": added, "weights": weights, "ignored": ignored}
         return stored | {k: v for k, v in given.items() if v is not None}
 
@@ -59,7 +59,7 @@ class LRkNN:
     ) -> Float[np.ndarray, "rows labels"]:
         """float32 [N, L]."""
         ours = linear.LogisticRegression(self.cost).scores(params["linear"], inputs)
-        queries = linear.rescale(params["linear"]["scale"], inputs).astype(np.float32)
+        queries = _unit_rows(params["linear"]["scale"], inputs)
         theirs = cosine_vote(
             unpack(params["rows"]),
             np.asarray(params["labels"]),
@@ -70,6 +70,11 @@ class LRkNN:
             params.get("ignored"),
         )
         return (1 - self.vote) * ours + self.vote * theirs
+
+
+def _unit_rows(scale: Params, inputs: Inputs) -> Inputs:
+    """The regression's rows at length 1, float32."""
+    return normalize(linear.rescale(scale, inputs)).astype(np.float32)
 
 
 def trust(
@@ -105,9 +110,9 @@ def cosine_vote(
     weight is multiplied by `trust`; the mean is cut to [0, 1].
 
     Args:
-        rows: [N, F] training rows.
+        rows: [N, F] training rows, of length 1 (or 0).
         labels: [N, L].
-        queries: [Q, F].
+        queries: [Q, F], as the rows.
         neighbours: k.
         added: [N], or None: nothing was.
         weights: [N] of the training rows; None: 1.
@@ -119,21 +124,20 @@ def cosine_vote(
         given = scipy.sparse.csr_array(given.astype(np.float32))
     if known is not None:
         known = known.astype(np.float32)
-    index = NearestNeighbors(n_neighbors=k, metric="cosine", algorithm="brute")
-    index.fit(rows)
     votes = np.zeros((queries.shape[0], labels.shape[1]), np.float32)
-    for start in range(0, queries.shape[0], _CHUNK):
-        distance, nearest = index.kneighbors(queries[start : start + _CHUNK])
-        weight = np.clip(1 - distance, 0, 1).astype(np.float32) ** 2 * worth[nearest]
+    start = 0
+    for cosine, found in nearest.by_cosine(rows, k, queries):
+        weight = np.clip(cosine, 0, 1) ** 2 * worth[found]
         ends = np.arange(0, weight.size + 1, k)
         chosen = scipy.sparse.csr_array(
-            (weight.ravel(), nearest.ravel(), ends),
-            shape=(len(weight), rows.shape[0]),
+            (weight.ravel(), found.ravel(), ends), shape=(len(weight), rows.shape[0])
         )
         vote = chosen @ given
         vote = vote if isinstance(vote, np.ndarray) else vote.toarray()
         total = weight.sum(1, keepdims=True) if known is None else chosen @ known
-        votes[start : start + _CHUNK] = np.clip(vote / np.maximum(total, 1e-12), 0, 1)
+        part = slice(start, start + len(found))
+        votes[part] = np.clip(vote / np.maximum(total, 1e-12), 0, 1)
+        start += len(found)
     return votes
 
 

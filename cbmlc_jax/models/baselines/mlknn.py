@@ -7,16 +7,15 @@ learning", Pattern Recognition 40 (2007) 2038-2048.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 import numpy as np
 import scipy.sparse
 from jaxtyping import Float, Int, UInt8
 
+from cbmlc_jax.models.baselines import nearest
 from cbmlc_jax.models.baselines.estimator import Inputs, Params, pack, unpack
 
 _CHUNK = 2048  # rows at once: 2048 x L counts
-_AT_ONCE = 1 << 22  # distances in memory: 32 MB, and a few arrays like them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +61,8 @@ class MLkNN:
         if len(labels) < 2:
             raise ValueError(f"MLkNN has {len(labels)} training rows, needs 2 or more")
         k, s = min(self.neighbours, len(labels) - 1), self.smoothing
-        nearest = np.concatenate(list(nearest_rows(inputs, k)))
-        present, absent = _histograms(nearest, labels)
+        found = np.concatenate(list(nearest.by_distance(inputs, k)))
+        present, absent = _histograms(found, labels)
         return {
             "rows": pack(inputs),
             "labels": labels,
@@ -80,9 +79,9 @@ class MLkNN:
         k, rows = len(by_count) - 1, unpack(params["rows"])
         scores = np.empty((inputs.shape[0], labels.shape[1]), np.float32)
         start = 0
-        for nearest in nearest_rows(rows, k, inputs):
-            counts = neighbour_counts(nearest, labels)
-            end = start + len(nearest)
+        for found in nearest.by_distance(rows, k, inputs):
+            counts = neighbour_counts(found, labels)
+            end = start + len(found)
             scores[start:end] = np.take_along_axis(by_count, counts, axis=0)
             start = end
         return scores
@@ -96,67 +95,27 @@ def posterior(params: Params) -> Float[np.ndarray, "bins labels"]:
     return (present / (present + absent)).T.astype(np.float32)
 
 
-def nearest_rows(
-    rows: Inputs, neighbours: int, queries: Inputs | None = None
-) -> Iterator[Int[np.ndarray, "queries k"]]:
-    """Numbers of the rows nearest to each query, ascending, for some queries at a time.
-
-    Sets of words are equally far from a row more often than not.  scikit-learn's search
-    then takes any; this one takes the first, so that an exported model can take the
-    same.
-
-    Args:
-        rows: [N, F].
-        neighbours: k, at most N (N - 1 without queries).
-        queries: [Q, F]; None: each row among the others.
-    """
-    rows = rows.astype(np.float64)
-    square = (rows * rows).sum(1)
-    asked = rows if queries is None else queries.astype(np.float64)
-    size = max(1, _AT_ONCE // rows.shape[0])
-    for start in range(0, asked.shape[0], size):
-        product = asked[start : start + size] @ rows.T
-        if scipy.sparse.issparse(product):
-            product = product.toarray()
-        distance = square - 2 * product  # less |query|^2
-        if queries is None:
-            own = np.arange(len(distance))
-            distance[own, start + own] = np.inf
-        yield _lowest(distance, neighbours)
-
-
-def _lowest(
-    values: Float[np.ndarray, "queries rows"], k: int
-) -> Int[np.ndarray, "queries k"]:
-    """Columns of each row's k lowest values, of equal ones the first; ascending."""
-    cut = np.partition(values, k - 1, axis=1)[:, k - 1 : k]
-    below, tied = values < cut, values == cut
-    room = k - below.sum(1, keepdims=True)
-    chosen = below | (tied & (np.cumsum(tied, axis=1) <= room))
-    return np.nonzero(chosen)[1].reshape(len(values), k)
-
-
 def neighbour_counts(
-    nearest: Int[np.ndarray, "rows k"], labels: UInt8[np.ndarray, "others labels"]
+    found: Int[np.ndarray, "rows k"], labels: UInt8[np.ndarray, "others labels"]
 ) -> Int[np.ndarray, "rows labels"]:
-    """c[i, l] = sum_j labels[nearest[i, j], l], as a sparse product."""
-    rows, k = nearest.shape
+    """c[i, l] = sum_j labels[found[i, j], l], as a sparse product."""
+    rows, k = found.shape
     chosen = scipy.sparse.csr_array(
-        (np.ones(nearest.size, np.int64), nearest.ravel(), np.arange(rows + 1) * k),
+        (np.ones(found.size, np.int64), found.ravel(), np.arange(rows + 1) * k),
         shape=(rows, len(labels)),
     )
     return (chosen @ scipy.sparse.csr_array(labels)).toarray()
 
 
 def _histograms(
-    nearest: Int[np.ndarray, "rows k"], labels: UInt8[np.ndarray, "rows labels"]
+    found: Int[np.ndarray, "rows k"], labels: UInt8[np.ndarray, "rows labels"]
 ) -> tuple[Int[np.ndarray, "labels bins"], Int[np.ndarray, "labels bins"]]:
     """m_1 and m_0, each [L, k + 1]: rows by their neighbours' count of each label."""
-    bins, number = nearest.shape[1] + 1, labels.shape[1]
+    bins, number = found.shape[1] + 1, labels.shape[1]
     present, every = np.zeros((2, number * bins), np.int64)
     for start in range(0, len(labels), _CHUNK):
         part = slice(start, start + _CHUNK)
-        cell = neighbour_counts(nearest[part], labels) + np.arange(number)[None] * bins
+        cell = neighbour_counts(found[part], labels) + np.arange(number)[None] * bins
         every += np.bincount(cell.ravel(), minlength=len(every))
         present += np.bincount(cell[labels[part] != 0], minlength=len(every))
     return present.reshape(-1, bins), (every - present).reshape(-1, bins)

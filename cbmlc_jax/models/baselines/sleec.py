@@ -20,7 +20,7 @@ from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import normalize
 from threadpoolctl import threadpool_limits
 
-from cbmlc_jax.models.baselines import mlknn
+from cbmlc_jax.models.baselines import mlknn, nearest
 from cbmlc_jax.models.baselines.estimator import Inputs, Params
 
 _CHUNK = 1024  # rows at once: 1024 x N inner products
@@ -41,7 +41,7 @@ class SLEEC:
         2. Z [n, d] = argmin sum_O (u_i . u_j - z_i . z_j)^2   singular value projection
         3. V [F, d] = argmin |X V - Z|^2 + penalty |V|^2
         4. the neighbours of a new x are the training rows of its cluster with the
-           smallest |V'x - V'x_i|
+           smallest |V'x - V'x_i|, of equal ones the first
 
     Two departures from the paper.  It takes inner products of the labels as they are;
     at length 1, rows of many labels do not rule the fit (and it is several times
@@ -129,16 +129,13 @@ class SLEEC:
         for c in range(len(centres)):
             members = np.flatnonzero(cluster == c)
             k = min(self.neighbours, len(members))
-            index = NearestNeighbors(
-                n_neighbors=k, metric="euclidean", algorithm="brute"
-            ).fit(embeddings[members])
             ours = np.flatnonzero(assigned == c)
-            for start in range(0, len(ours), _CHUNK):
-                part = ours[start : start + _CHUNK]
-                queries = (rows[part] @ weights[c]).astype(np.float32)
-                with sklearn.config_context(working_memory=MEGABYTES):
-                    nearest = index.kneighbors(queries, return_distance=False)
-                votes[part] = mlknn.neighbour_counts(members[nearest], labels) / k
+            queries = (rows[ours] @ weights[c]).astype(np.float32)
+            start = 0
+            for found in nearest.by_distance(embeddings[members], k, queries):
+                part = ours[start : start + len(found)]
+                votes[part] = mlknn.neighbour_counts(members[found], labels) / k
+                start += len(found)
         return votes
 
 
