@@ -304,9 +304,8 @@ def validate(config: ml_collections.ConfigDict) -> None:
             raise ConfigError(f"config.{key} cannot be {value}")
     for key, allowed in CHOICES.items():
         if flat[key] not in allowed:
-            raise ConfigError(
-                f"config.{key}={flat[key]!r} is not one of {', '.join(allowed)}"
-            )
+            names = ", ".join(map(repr, allowed))  # '' is one of some
+            raise ConfigError(f"config.{key}={flat[key]!r} is not one of {names}")
     for key, (low, high) in RANGES.items():
         value = flat[key]
         if value is None:

@@ -335,11 +335,12 @@ def _sleec(estimator: SLEEC, params, meta) -> Program:
         neighbours = min(estimator.neighbours, len(rows))
         chosen = jax.lax.top_k(near.astype(jnp.float32), neighbours)[1]
         chosen = ours["members"][chosen]
-        share = _counts(weights["labels"], chosen) / neighbours
+        # Thresholds are often multiples of 1 / k as the scores are: to the last digit.
+        share = _counts(weights["labels"], chosen).astype(z.dtype) / neighbours
         return jnp.where((assigned == c)[:, None], share, 0)
 
     def score(weights, batch):
-        z = _unit(_matrix(_float64(batch), meta.num_features))
+        z = _unit(_float64(_matrix(batch, meta.num_features)))
         total = 0.0
         for learner in range(estimator.learners):
             centres = _float64(weights[f"{learner}/centres"])

@@ -158,6 +158,8 @@ def test_every_exported_model_is_the_one_that_was_trained(name, kind, changes):
     for width, rows in ((80, np.arange(60)), (96, np.array([3]))):
         scores = call(weights, inputs.batch(rows, width))
         np.testing.assert_allclose(scores, expected[rows], atol=1e-6, rtol=0)
+        if name == "sleec" and not changes:  # shares of k rows, as thresholds often are
+            np.testing.assert_array_equal(scores, expected[rows])
     if name != "label_prior":
         assert np.ptp(expected, axis=0).max() > 0.01, "scores that do not differ"
 
