@@ -8,13 +8,14 @@ import pathlib
 import shutil
 import tempfile
 
+import xla
+
 # A wrong mean over devices cannot be seen on one device.  XLA reads this once, when
-# its first backend starts.  Most of the tests' time is compiling: cheaply here, and
-# once for all the processes of a run, those of pytest-xdist and those that the tests
-# start.
+# its first backend starts.  Compiled is once for all the processes of a run, those of
+# pytest-xdist and those that the tests start.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    + f" --xla_force_host_platform_device_count=4 {xla.FLAGS}"
 ).strip()
 if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has its controller's
     _CACHE = tempfile.mkdtemp(prefix="cbmlc-tests-")

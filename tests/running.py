@@ -10,7 +10,9 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
+import xla
 
 from cbmlc_jax import config as config_lib
 from cbmlc_jax import models, systems
@@ -54,6 +56,11 @@ def init_params(model, seed: int = 0, num_labels: int = 1):
     return systems.init_variables(model, seed, meta(1, vectors))["params"]
 
 
+def param_shapes(model):
+    """Shapes and types of `init_params`; nothing is compiled."""
+    return jax.eval_shape(lambda: init_params(model))
+
+
 def flags(**changes) -> list[str]:
     """The same as command line flags."""
     return [f"--config.{k}={v}" for k, v in {**TINY, **changes}.items()]
@@ -61,8 +68,7 @@ def flags(**changes) -> list[str]:
 
 def environment(**changes: str) -> dict[str, str]:
     """This process's, without the virtual devices of the tests; compiles cheaply."""
-    flags = "--xla_backend_optimization_level=0"
-    return {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), **changes}
+    return {**os.environ, "XLA_FLAGS": xla.FLAGS, "PYTHONPATH": str(ROOT), **changes}
 
 
 def command(*arguments: str) -> list[str]:

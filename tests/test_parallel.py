@@ -80,10 +80,14 @@ def trajectory(num_devices: int, changes: dict):
 @pytest.mark.parametrize(
     ("changes", "counts"),
     [
-        ({"loss.reduction": "sum"}, (2, 4)),
+        ({"loss.reduction": "sum"}, (4,)),
         pytest.param({"loss.reduction": "mean"}, (2, 4), marks=pytest.mark.slow),
         # Which entries are rejected depends on all of the batch.
-        ({"loss.name": "large_loss", "loss.rejected_per_epoch": 0.05}, (4,)),
+        pytest.param(
+            {"loss.name": "large_loss", "loss.rejected_per_epoch": 0.05},
+            (4,),
+            marks=pytest.mark.slow,
+        ),
         # An objective of its own, with random draws by row.
         pytest.param(
             {

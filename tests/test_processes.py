@@ -28,7 +28,7 @@ def free_port() -> int:
 def trained_by_two(workdirs: list, **changes) -> list[str]:
     """Starts a process for each workdir; returns what they printed."""
     coordinator = f"--coordinator=127.0.0.1:{free_port()}"
-    env = running.environment(XLA_FLAGS="--xla_backend_optimization_level=0")
+    env = running.environment()
     with contextlib.ExitStack() as stack:
         started = []
         for i, workdir in enumerate(workdirs):

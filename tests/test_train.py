@@ -509,7 +509,9 @@ def test_two_devices_train_as_one(tmp_path):
     assert math.isclose(rows[0]["loss"], rows[1]["loss"], rel_tol=1e-4)
 
 
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize(
+    "reduction", [pytest.param("sum", marks=pytest.mark.slow), "mean"]
+)
 def test_a_row_of_weight_three_is_three_rows_of_a_step(reduction):
     config = running.tiny_config(
         **{"model.dropout": 0.0, "loss.reduction": reduction, "optim.name": "sgd"}
