@@ -47,7 +47,14 @@ def train_and_evaluate(config, workdir: str, command: str) -> dict | None:
     _check_processes(config)
     if not processes.of_first(lambda: run_lib.claim(config, workdir)):
         return None
-    run = processes.first_then_others(lambda: run_lib.Run(config, workdir))
+
+    def opened() -> run_lib.Run:
+        if not processes.is_first():
+            return run_lib.Run(config, workdir)
+        with run_lib.released_on_error(workdir):
+            return run_lib.Run(config, workdir)
+
+    run = processes.first_then_others(opened)
     processes.check_equal("data set", run.task.dataset.fingerprint)
     row, text = complete(run, command)
     if processes.is_first():

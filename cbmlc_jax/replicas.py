@@ -48,7 +48,8 @@ def train_and_evaluate(config, workdir: str, command: str) -> list[dict]:
     for k, one in enumerate(_of_each_seed(config)):
         folder = os.path.join(workdir, str(k))
         if run_lib.claim(one, folder):
-            runs.append(run_lib.Run(one, folder))
+            with run_lib.released_on_error(folder):
+                runs.append(run_lib.Run(one, folder))
         else:
             print(f"{folder} holds a finished run: see report.txt there")
     for other in runs[1:]:

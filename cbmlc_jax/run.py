@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import time
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -367,6 +368,20 @@ def claim(config, workdir: str) -> bool:
             f"{', '.join(differing)}. Choose another --workdir"
         )
     return not os.path.exists(os.path.join(workdir, "results.jsonl"))
+
+
+@contextlib.contextmanager
+def released_on_error(workdir: str) -> Iterator[None]:
+    """Takes `claim` back where what follows fails before it has left anything.
+
+    So that the same command, with the mistake mended, can have the same workdir.
+    """
+    try:
+        yield
+    except BaseException:
+        if os.listdir(workdir) == ["config.json"]:
+            os.remove(os.path.join(workdir, "config.json"))
+        raise
 
 
 def saved_config(workdir: str) -> dict:

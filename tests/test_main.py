@@ -87,6 +87,7 @@ def test_mistakes_before_any_work(arguments, parts):
 def test_mistakes_in_data(tmp_path, changes, parts):
     done = running.main(f"--workdir={tmp_path / 'run'}", *running.flags(**changes))
     running.assert_one_sentence(done, *parts)
+    assert not list((tmp_path / "run").iterdir()), "free for the mended command"
 
 
 def test_a_batch_that_the_devices_do_not_divide(tmp_path):
