@@ -87,6 +87,7 @@ def base() -> ml_collections.ConfigDict:
     c.embeddings.path = placeholder(str)  # GloVe text file, for source=file
     c.embeddings.name = placeholder(str)  # e.g. glove-wiki-gigaword-300
     c.embeddings.trainable = True  # False: the paper's "fixed" ablation
+    c.embeddings.permuted = False  # True: each label has another's, names mean nothing
 
     c.model = ml_collections.ConfigDict()
     c.model.name = "cbmlc"  # see CHOICES; PUBLISHED has the settings of the others

@@ -254,6 +254,9 @@ def _label_vectors(config, dataset) -> tuple[np.ndarray, dict | None]:
         return np.zeros((len(dataset.label_names), 1), np.float32), None
     known = vocabulary(config, dataset)
     vectors, coverage = embeddings.label_vectors(dataset.label_texts, known)
+    if config.embeddings.permuted:
+        draw = rngs.generator(config.seed, "permuted vectors")
+        vectors = draw.permutation(vectors)
     return vectors, {
         "source": known.source,
         "dim": known.width,

@@ -11,8 +11,9 @@ import sys
 
 import numpy as np
 import pytest
+import running
 
-from cbmlc_jax import embeddings
+from cbmlc_jax import embeddings, task
 from cbmlc_jax.embeddings import EmbeddingError, Vocabulary
 
 # gensim leaves the file that it reads open.
@@ -424,3 +425,18 @@ def test_auto_finds_vectors_in_the_data_folder(data_dir, bibtex_names):
     assert loaded.source.startswith("glove.6B.")
     _, coverage = embeddings.label_vectors(bibtex_names[0], loaded)
     assert coverage["whole"] > 110
+
+
+def test_permuted_vectors_are_those_of_other_labels():
+    """The same vectors, dealt out anew by the seed."""
+
+    def vectors(**changes):
+        return task.build(running.tiny_config(**changes)).meta.label_vectors
+
+    plain, permuted = vectors(), vectors(**{"embeddings.permuted": True})
+    moved = (plain != permuted).any(1)
+    assert moved.mean() > 0.5
+    assert {row.tobytes() for row in plain} == {row.tobytes() for row in permuted}
+    again = vectors(**{"embeddings.permuted": True, "noise.seed": 1})
+    np.testing.assert_array_equal(permuted, again)
+    assert (permuted != vectors(**{"embeddings.permuted": True, "seed": 1})).any()
