@@ -12,7 +12,7 @@ import pytest
 import running
 
 from cbmlc_jax import config as config_lib
-from cbmlc_jax import evaluate, models, optim, rngs, systems, thresholds, train
+from cbmlc_jax import evaluate, models, optim, rngs, steps, systems, thresholds
 from cbmlc_jax import run as run_lib
 from cbmlc_jax.data import pipeline
 from cbmlc_jax.data.dataset import Dense, Ragged, Split, filled
@@ -165,8 +165,8 @@ def test_ignored_entries_move_no_parameter(reduction):
     model = models.create_model(config, meta)
     params = systems.init_variables(model, 0, meta)["params"]
     tx = optim.make_optimizer(name="sgd", learning_rate=0.1, weight_decay=0.0)
-    step = jax.jit(train.make_train_step(model, config, tx, None, steps_per_epoch=1))
-    state = train.TrainState(jnp.zeros((), jnp.int32), params, {}, tx.init(params))
+    step = jax.jit(steps.make_train_step(model, config, tx, None, steps_per_epoch=1))
+    state = steps.TrainState(jnp.zeros((), jnp.int32), params, {}, tx.init(params))
     rng = np.random.default_rng(0)
     batch = {
         "features": rng.normal(size=(4, 2)).astype(np.float32),
@@ -176,7 +176,7 @@ def test_ignored_entries_move_no_parameter(reduction):
         "rows": np.arange(4, dtype=np.uint32),
     }
     none = thresholds.Rates(0.0, 0.0)
-    constants = train.step_constants(config, None, vectors, none)
+    constants = steps.step_constants(config, None, vectors, none)
     after = [
         step(state, batch | {"labels": batch["labels"] ^ np.array(change, np.uint8)}, c)
         for change in ([[0, 0, 0]], [[1, 0, 0]], [[0, 1, 0]])

@@ -13,7 +13,7 @@ import pytest
 import running
 
 from cbmlc_jax import config as config_lib
-from cbmlc_jax import losses, models, optim, rngs, thresholds, train
+from cbmlc_jax import losses, models, optim, rngs, steps, thresholds
 from cbmlc_jax.models import encoders, layers, ops
 from cbmlc_jax.models.decoder import LabelGraphDecoder
 
@@ -117,14 +117,14 @@ def test_training_step_has_the_loss_and_gradient_of_the_reference(float64, name)
     else:
         config.loss.name, config.loss.reduction = "bce", "mean"
     tx = _Gradients.transformation()
-    step = train.make_train_step(
+    step = steps.make_train_step(
         model,
         config,
         tx,
         axis=None,
         steps_per_epoch=1,
     )
-    state = train.TrainState(jnp.zeros((), jnp.int32), params, {}, tx.init(params))
+    state = steps.TrainState(jnp.zeros((), jnp.int32), params, {}, tx.init(params))
     batch = {
         "tokens": case["tokens"],
         "labels": case["labels"],
@@ -132,7 +132,7 @@ def test_training_step_has_the_loss_and_gradient_of_the_reference(float64, name)
         "rows": np.arange(len(case["tokens"]), dtype=np.uint32),
     }
     none = thresholds.Rates(0.0, 0.0)
-    constants = train.step_constants(config, graph_of(case), case["word_vectors"], none)
+    constants = steps.step_constants(config, graph_of(case), case["word_vectors"], none)
     after, metrics = jax.jit(step)(state, batch, constants)
     np.testing.assert_allclose(metrics["loss"], case["loss"], rtol=1e-10)
     gradients = jax.tree.map(lambda a, b: a - b, after.params, params)
@@ -458,7 +458,7 @@ def test_averaged_weights_by_hand():
     average, want = {"w": jnp.zeros(2)}, 0.0
     for t in range(40):
         p = float(t * t)
-        average = train.averaged(average, {"w": jnp.full(2, p)}, jnp.array(t), 0.7)
+        average = steps.averaged(average, {"w": jnp.full(2, p)}, jnp.array(t), 0.7)
         keep = min(0.7, (1 + t) / (10 + t))
         want = keep * want + (1 - keep) * p
     np.testing.assert_allclose(average["w"], want, rtol=1e-5)

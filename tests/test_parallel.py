@@ -13,7 +13,7 @@ import pytest
 import running
 
 from cbmlc_jax import config as config_lib
-from cbmlc_jax import models, parallel, thresholds, train
+from cbmlc_jax import models, parallel, steps, thresholds
 from cbmlc_jax.data import pipeline
 from cbmlc_jax.data.dataset import Ragged
 
@@ -53,11 +53,11 @@ def trajectory(num_devices: int, changes: dict):
         lambda x: jnp.asarray(x, jnp.float64), running.init_params(model, 0, LABELS)
     )
     devices = parallel.Devices(tuple(jax.devices()[:num_devices]))
-    tx = train.make_tx(config, steps_per_epoch=3)
-    state = train.TrainState(jnp.zeros((), jnp.int32), params, {}, tx.init(params))
+    tx = steps.make_tx(config, steps_per_epoch=3)
+    state = steps.TrainState(jnp.zeros((), jnp.int32), params, {}, tx.init(params))
     state = devices.replicate(state)
     step = devices.compile(
-        train.make_train_step(
+        steps.make_train_step(
             model,
             config,
             tx,
@@ -66,7 +66,7 @@ def trajectory(num_devices: int, changes: dict):
         )
     )
     rates = thresholds.Rates(0.05, 0.3)
-    constants = train.step_constants(config, None, vectors + 1.0, rates)
+    constants = steps.step_constants(config, None, vectors + 1.0, rates)
     losses = []
     while len(losses) < STEPS:
         plan = pipeline.plan_batches(inputs.lengths, BATCH, [8])

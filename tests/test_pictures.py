@@ -24,9 +24,9 @@ from cbmlc_jax import (
     parallel,
     predict,
     rngs,
+    steps,
     systems,
     thresholds,
-    train,
 )
 from cbmlc_jax import run as run_lib
 from cbmlc_jax import task as task_lib
@@ -313,15 +313,15 @@ def test_running_averages_are_the_mean_over_devices(folder):
         "rows": np.arange(4, dtype=np.uint32),
     }
     batch["images"][2:] //= 4  # the second device's share is another one
-    tx = train.make_tx(config_, steps_per_epoch=1)
+    tx = steps.make_tx(config_, steps_per_epoch=1)
     devices = parallel.Devices(tuple(jax.devices()[:2]))
     step = devices.compile(
-        train.make_train_step(model, config_, tx, devices.axis, steps_per_epoch=1)
+        steps.make_train_step(model, config_, tx, devices.axis, steps_per_epoch=1)
     )
     params, stats = variables["params"], variables["batch_stats"]
-    state = train.TrainState(jnp.zeros((), jnp.int32), params, stats, tx.init(params))
+    state = steps.TrainState(jnp.zeros((), jnp.int32), params, stats, tx.init(params))
     vectors, none = np.zeros((20, 1), np.float32), thresholds.Rates(0.0, 0.0)
-    constants = train.step_constants(config_, None, vectors, none)
+    constants = steps.step_constants(config_, None, vectors, none)
     after, _ = step(devices.replicate(state), devices.shard(batch), constants)
 
     @jax.jit

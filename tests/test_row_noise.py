@@ -10,7 +10,7 @@ import scipy.sparse
 from scipy.special import expit
 
 from cbmlc_jax import config as config_lib
-from cbmlc_jax import fit, losses, metrics, row_noise, thresholds, train
+from cbmlc_jax import fit, losses, metrics, row_noise, steps, thresholds
 from cbmlc_jax import run as run_lib
 from cbmlc_jax import task as task_lib
 from cbmlc_jax.data import pipeline
@@ -117,7 +117,7 @@ def test_the_rates_reach_the_loss_of_their_rows():
     rates = thresholds.Rates(0.05, 0.3)
     args = (c, logits, labels, mask, 1, rates, lambda x: x)
     expected = losses.forward(logits, labels, added[:, None], 0.0)
-    np.testing.assert_allclose(train.element_losses(*args, added), expected)
+    np.testing.assert_allclose(steps.element_losses(*args, added), expected)
 
     split = running_split(added)
     plan = pipeline.plan_batches(split.inputs.lengths, 3, [8])

@@ -31,9 +31,9 @@ from cbmlc_jax import (
     metrics,
     progress,
     results,
+    steps,
     systems,
     thresholds,
-    train,
 )
 from cbmlc_jax import config as config_lib
 from cbmlc_jax import run as run_lib
@@ -517,12 +517,12 @@ def test_a_row_of_weight_three_is_three_rows_of_a_step(reduction):
         **{"model.dropout": 0.0, "loss.reduction": reduction, "optim.name": "sgd"}
     )
     run = run_lib.Run(config, "")
-    tx = train.make_tx(config, 1)
-    step = train.make_train_step(run.system.model, config, tx, None, steps_per_epoch=1)
+    tx = steps.make_tx(config, 1)
+    step = steps.make_train_step(run.system.model, config, tx, None, steps_per_epoch=1)
     params = run.system.init()["params"]
-    state = train.TrainState(jnp.zeros((), jnp.int32), params, {}, tx.init(params))
+    state = steps.TrainState(jnp.zeros((), jnp.int32), params, {}, tx.init(params))
     vectors, rates = run.task.meta.label_vectors, run.task.rates
-    constants = train.step_constants(config, None, vectors, rates)
+    constants = steps.step_constants(config, None, vectors, rates)
     some = run.task.train.take(np.arange(3))
     weights = np.array([1, 3, 0], np.float32)
     weighted = dataclasses.replace(some, sample_weight=weights)
@@ -636,7 +636,7 @@ def test_the_config_names_the_loss_and_its_settings():
     assert set(expected) == set(config_lib.CHOICES["loss.name"])
     for name, values in expected.items():
         c.name = name
-        mine = train.element_losses(c, logits, labels, mask, 3, rates, lambda x: x)
+        mine = steps.element_losses(c, logits, labels, mask, 3, rates, lambda x: x)
         np.testing.assert_allclose(mine, values, rtol=1e-6, err_msg=name)
     different = {np.asarray(v).tobytes() for v in expected.values()}
     assert len(different) == len(expected)
