@@ -11,6 +11,7 @@ import numpy as np
 
 from cbmlc_jax import config as config_lib
 from cbmlc_jax import models, systems, task
+from cbmlc_jax import steps as steps_lib
 from cbmlc_jax.data import pipeline
 from cbmlc_jax.models.neighbours import Neighbours
 
@@ -135,9 +136,9 @@ class Ours:
             for b in self.batches
         ]
         self.variables = self.system.init()
-        tx = steps.make_tx(config, source.steps_per_epoch)
+        tx = steps_lib.make_tx(config, source.steps_per_epoch)
         self._step = self._devices.compile(
-            steps.make_train_step(
+            steps_lib.make_train_step(
                 self.system.model,
                 config,
                 tx,
@@ -149,10 +150,10 @@ class Ours:
         params, stats = self.variables["params"], self.variables.get("batch_stats", {})
         step = jnp.zeros((), jnp.int32)
         # A copy: the step takes its state's memory over.
-        state = steps.TrainState(step, params, stats, tx.init(params))
+        state = steps_lib.TrainState(step, params, stats, tx.init(params))
         self._state = self._devices.replicate(jax.tree.map(jnp.copy, state))
         vectors, rates = data.meta.label_vectors, data.rates
-        self._constants = steps.step_constants(
+        self._constants = steps_lib.step_constants(
             config, self.system.graph, vectors, rates
         )
         self._compiled: dict = {}

@@ -17,7 +17,8 @@ import numpy as np
 import optax
 
 from cbmlc_jax import config as config_lib
-from cbmlc_jax import rngs, steps, systems, task
+from cbmlc_jax import rngs, systems, task
+from cbmlc_jax import steps as steps_lib
 from cbmlc_jax.data import pipeline
 
 SCRIPT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "torch_peer.py")
@@ -198,14 +199,14 @@ def parity(config, data: task.Task, variables, batch: dict, peer: dict) -> float
     config.model.dropout = 0.0
     system = systems.create(config, data.meta, data.widths, data.graph)
     # The gradient of the last step stays in the state of the first transformation.
-    tx = optax.chain(optax.trace(decay=0.0), steps.make_tx(config, 1))
+    tx = optax.chain(optax.trace(decay=0.0), steps_lib.make_tx(config, 1))
     step = jax.jit(
-        steps.make_train_step(system.model, config, tx, None, steps_per_epoch=1)
+        steps_lib.make_train_step(system.model, config, tx, None, steps_per_epoch=1)
     )
     params = variables["params"]
-    state = steps.TrainState(jnp.zeros((), jnp.int32), params, {}, tx.init(params))
+    state = steps_lib.TrainState(jnp.zeros((), jnp.int32), params, {}, tx.init(params))
     vectors, rates = data.meta.label_vectors, data.rates
-    constants = steps.step_constants(config, system.graph, vectors, rates)
+    constants = steps_lib.step_constants(config, system.graph, vectors, rates)
     after, first = step(state, batch, constants)
     _, second = step(after, batch, constants)
     norm = optax.global_norm(after.opt_state[0].trace)

@@ -20,7 +20,8 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from cbmlc_jax import config as config_lib
-from cbmlc_jax import errors, parallel, steps, systems, task
+from cbmlc_jax import errors, parallel, systems, task
+from cbmlc_jax import steps as steps_lib
 from cbmlc_jax.data import pipeline
 
 
@@ -36,18 +37,20 @@ class Timed:
 
     def __init__(self, config, data: task.Task, system: systems.Neural, number: int):
         self._devices = devices = system.train_devices
-        tx = steps.make_tx(config, 1)
-        step = steps.make_train_step(
+        tx = steps_lib.make_tx(config, 1)
+        step = steps_lib.make_train_step(
             system.model, config, tx, devices.axis, steps_per_epoch=1
         )
         self._step = devices.compile(parallel.side_by_side(step, number), donate=True)
         params = system.init()["params"]
-        state = steps.TrainState(jnp.zeros((), jnp.int32), params, {}, tx.init(params))
+        state = steps_lib.TrainState(
+            jnp.zeros((), jnp.int32), params, {}, tx.init(params)
+        )
         # Copies: the step takes its state's memory over.
         states = [jax.tree.map(jnp.copy, state) for _ in range(number)]
         self._state = devices.replicate(parallel.stacked(states))
         vectors, rates = data.meta.label_vectors, data.rates
-        constants = steps.step_constants(config, system.graph, vectors, rates)
+        constants = steps_lib.step_constants(config, system.graph, vectors, rates)
         self._constants = parallel.stacked([constants] * number)
 
     def step(self, batch) -> np.ndarray:
