@@ -42,7 +42,7 @@ def base() -> ml_collections.ConfigDict:
     c.data.variant = ""  # rcv1: standard, swapped, subsets; voc: full, partial
     c.data.tokens = False  # rcv1: sequences of words instead of tf-idf weights
     c.data.dir = placeholder(str)  # folder of data; default $CBMLC_DATA_DIR
-    # Of name=own; README.md has a table of the formats.
+    # Of name=own; docs/formats.md has a table of them.
     c.data.path = ""  # the rows, or those for training; npz: "features,labels"
     c.data.test_path = ""  # default: test rows by split_column, or a part that is drawn
     c.data.validation_path = ""  # default: by split_column, or drawn
@@ -462,8 +462,8 @@ def _check_own(flat: dict[str, object]) -> None:
         return
     if not flat["data.path"]:
         raise ConfigError(
-            "config.data.path is not set: give the file of your rows (README.md, Own "
-            "data, says which formats there are)"
+            "config.data.path is not set: give the file of your rows "
+            "(docs/formats.md says which formats there are)"
         )
     for one, other in (
         ("text_column", "image_column"),

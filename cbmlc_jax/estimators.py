@@ -23,7 +23,7 @@ class CbMLCClassifier(Classifier):
         crossfit: K: thresholds and epoch from K-fold scores of all rows; 0: from
             validation rows that are set aside.
         validation_fraction: of the rows, stratified; at least one row.
-        threshold: "corrected_val", "noisy_val" (README, What the row means), or a
+        threshold: "corrected_val", "noisy_val" (docs/thresholds.md), or a
             number in [0, 1].
         metric: the F1 that the threshold is best for: ebF1, miF1 or maF1.
         noise_rates: of y: (P(0->1), P(1->0)), "estimate", or None for labels without

@@ -35,7 +35,7 @@ from cbmlc_jax.models import baselines
 
 
 def train_and_evaluate(config, workdir: str, command: str) -> dict | None:
-    """Fits, or resumes, and writes everything that the README lists to workdir.
+    """Fits, or resumes, and writes everything that docs/run.md lists to workdir.
 
     Returns:
         The result row, or None where the workdir holds a finished run already.

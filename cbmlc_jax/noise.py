@@ -2,7 +2,7 @@
 
 The coins of a row depend on the key and the row's number alone, so that the same key
 gives the same flips on every backend and however the rows are cut into batches.
-Source: section 5 of the paper; keep_one and the mixture as resolved in README.md.
+Source: section 5 of the paper; keep_one and the mixture as resolved in docs/noise.md.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def make_row(
     command: str,
     device: str,
 ) -> dict:
-    """The result row, the same for every model; see README.md for its fields."""
+    """The result row, the same for every model; see docs/report.md for its fields."""
     return {
         "dataset": task.dataset.name,
         "fingerprint": task.dataset.fingerprint,

@@ -1,4 +1,4 @@
-"""own: your own data; README.md (Own data) has the formats.
+"""own: your own data; docs/formats.md has the formats.
 
     python -m cbmlc_jax.main --config=configs/own.py --config.data.path=tickets.csv \\
         --config.data.text_column=text --config.data.label_column=labels --mode=data

@@ -451,9 +451,9 @@ def test_the_package_is_imported_without_them():
         from cbmlc_jax import Classifier  # noqa: F401
 
 
-def test_the_example_of_the_readme(capsys, tmp_path, monkeypatch):
-    readme = (running.ROOT / "README.md").read_text()
-    [code] = re.findall(r"```python\n(.*?)```", readme, re.S)
+def test_the_example_of_the_page(capsys, tmp_path, monkeypatch):
+    page = (running.ROOT / "docs" / "scikit_learn.md").read_text()
+    [code] = re.findall(r"```python\n(.*?)```", page, re.S)
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {})  # noqa: S102
+    exec(compile(code, "scikit_learn.md", "exec"), {})  # noqa: S102
     assert capsys.readouterr().out == "[[1 0]]\n['hardware', 'billing']\n"

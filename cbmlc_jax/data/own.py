@@ -1,4 +1,4 @@
-"""A user's own data: from files of several formats to a Dataset (README.md: Own data).
+"""A user's own data: from files of several formats to a Dataset (docs/formats.md).
 
 Labels and features are what the training file has (labels: or config.data.label_file
 names); the vocabulary of texts is learnt from training rows alone.  What is given as
