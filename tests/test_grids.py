@@ -80,7 +80,9 @@ def test_a_point_is_what_main_makes_of_its_flags(tmp_path):
     [cell] = grids.expand(name, [block], of_file, None)
     [[point]] = cell.points
     assert point.delta["model.width"] == 64 and point.delta["model.ffn_width"] == 512
-    # An impossible device count stops main after config.json was written.
+    # An impossible device count stops main after config.json was written, which stays
+    # because it is not alone.
+    (tmp_path / ".other").touch()
     done = running.main(
         f"--workdir={tmp_path}", *point.flags(), "--config.train.num_devices=64"
     )
