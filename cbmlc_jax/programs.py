@@ -295,14 +295,7 @@ def _mlknn(estimator: MLkNN, params, meta) -> Program:
 
     def score(weights, batch):
         z = _matrix(batch, meta.num_features)
-        rows = _rows(weights)
-        if "rows/dense" in rows:
-            z -= weights["rows/centre"][None]
-            square = (rows["rows/dense"] ** 2).sum(1)
-        else:
-            square = _by_row(rows, rows["rows/data"] ** 2, stored)
-        near = 2 * _products(rows, _float64(z), stored) - square[None]
-        chosen = jax.lax.top_k(near.astype(jnp.float32), neighbours)[1]
+        chosen = _closest(weights, z, stored, neighbours)
         counts = _counts(weights["labels"], chosen)
         return jnp.take_along_axis(weights["posterior"], counts, axis=0)
 
@@ -329,14 +322,11 @@ def _sleec(estimator: SLEEC, params, meta) -> Program:
         ours = _inside(f"{learner}/{c}", weights)
         # Rounded in between, as there.
         queries = (z @ _float64(ours["projection"])).astype(jnp.float32)
-        queries = _float64(queries - ours["rows/centre"][None])
-        rows = _float64(ours["rows/dense"])
-        near = 2 * queries @ rows.T - (rows**2).sum(1)[None]
-        neighbours = min(estimator.neighbours, len(rows))
-        chosen = jax.lax.top_k(near.astype(jnp.float32), neighbours)[1]
+        stored = len(ours["members"])
+        chosen = _closest(ours, queries, stored, min(estimator.neighbours, stored))
         chosen = ours["members"][chosen]
         # Thresholds are often multiples of 1 / k as the scores are: to the last digit.
-        share = _counts(weights["labels"], chosen).astype(z.dtype) / neighbours
+        share = _counts(weights["labels"], chosen).astype(z.dtype) / chosen.shape[1]
         return jnp.where((assigned == c)[:, None], share, 0)
 
     def score(weights, batch):
@@ -357,6 +347,18 @@ def _centred(rows: Float[np.ndarray, "stored width"]) -> Weights:
     """Dense rows as `nearest.by_distance` compares them."""
     centre = nearest.centre(rows)
     return {"rows/dense": (rows - centre).astype(np.float32), "rows/centre": centre}
+
+
+def _closest(weights: Weights, z: Array, stored: int, k: int) -> Array:
+    """`nearest.by_distance`: numbers of the stored rows [B, k]."""
+    rows = _rows(weights)
+    if "rows/dense" in rows:
+        z -= weights["rows/centre"][None]
+        square = (rows["rows/dense"] ** 2).sum(1)
+    else:
+        square = _by_row(rows, rows["rows/data"] ** 2, stored)
+    near = 2 * _products(rows, _float64(z), stored) - square[None]
+    return jax.lax.top_k(near.astype(jnp.float32), k)[1]
 
 
 def _rows(weights: Weights) -> Weights:

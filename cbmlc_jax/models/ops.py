@@ -144,6 +144,7 @@ def product(x: Array, y: Array, dtype: DTypeLike | None, *, turn: str = "") -> A
 
 
 def rounded(x: Array, dtype: DTypeLike | None) -> Array:
+    """x in the type of the products; None: as it is."""
     return x if dtype is None else x.astype(dtype)
 
 
