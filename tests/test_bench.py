@@ -76,6 +76,18 @@ def test_padding_is_not_counted():
     assert ours == alone[0] + alone[1] - shared
 
 
+def test_what_is_timed_is_the_training_step():
+    """Two steps of the batches that training would see change the parameters."""
+    config = tiny_config(**{"model.encoder.layers": 0})
+    ours = measure.Ours(config, task.build(config), 2)
+    before = jax.tree.map(np.array, ours.params)
+    for number in range(2):
+        ours.compile(number)
+        ours.step(number)
+    moved = jax.tree.map(lambda a, b: (a != b).any(), before, ours.params)
+    assert all(jax.tree.leaves(moved)) and len(ours.flops) == 2
+
+
 @pytest.mark.slow
 def test_a_line_of_a_made_up_case():
     """The whole command, on one shape of its own; the other tests see its parts."""

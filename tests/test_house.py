@@ -218,36 +218,3 @@ def test_nothing_names_a_machine():
     for path in running.ROOT.glob("**/*.py"):
         if ".venv" not in path.parts and path.name != "test_house.py":
             assert not re.search(r"[\"' ]/(work|root|home)/", path.read_text()), path
-
-
-def shadowed(tree: ast.Module) -> list[tuple[str, set[str]]]:
-    """Functions with a variable named as a module of ours that the file imports.
-
-    There the module is the variable, which no linter sees.
-    """
-    modules = {
-        alias.asname or alias.name
-        for node in tree.body
-        if isinstance(node, ast.ImportFrom)
-        and (node.module or "").partition(".")[0] in ("cbmlc_jax", "experiments")
-        for alias in node.names
-    }
-    found = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef):
-            given = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
-            names = {argument.arg for argument in given}
-            for part in ast.walk(node):
-                if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
-                    names.add(part.id)
-            if names & modules:
-                found.append((node.name, names & modules))
-    return found
-
-
-def test_no_variable_hides_a_module():
-    hidden = ast.parse("from cbmlc_jax import steps\ndef f(steps):\n    pass\n")
-    assert shadowed(hidden) == [("f", {"steps"})]
-    folders = (PACKAGE, PACKAGE.parent / "experiments")
-    for path in (p for folder in folders for p in folder.glob("**/*.py")):
-        assert not shadowed(ast.parse(path.read_text())), path
