@@ -37,9 +37,20 @@ def test_bias_and_repeat(float64):
     )
 
 
-def test_layer_norm(float64):
-    arguments = normal(3, 4, 5) + 10, normal(5, seed=2), normal(5, seed=3)
+@pytest.mark.parametrize("width", [5, 7, 8, 9])
+def test_layer_norm(float64, width):
+    """Widths that are summed in fifths, at once, in quarters, in thirds."""
+    arguments = normal(3, 4, width) + 10, normal(width, seed=2), normal(width, seed=3)
     same(ops.layer_norm, plain_norm, arguments)
+
+
+@pytest.mark.parametrize("rows, width", [(8, 12), (7, 11)])
+def test_row_products(float64, rows, width):
+    same(
+        ops.row_products,
+        lambda x, w: jnp.einsum("bnk,nk->bn", x, w),
+        (normal(rows, 4, width), normal(4, width, seed=2)),
+    )
 
 
 def test_bfloat16_rounds_factors_and_sums_in_float32():

@@ -22,6 +22,7 @@ from cbmlc_jax.models.neighbours import Neighbours
 from cbmlc_jax.models.ops import (
     LANES,
     QUERY_STRIDE,
+    computed_row_sum,
     keep_mask,
     pair_strides,
     product,
@@ -176,7 +177,7 @@ def _pull(q, k, v, mask, drop, static, raised, total, mixed, g):
     # dlogits = P (dP - sum_s P dP), the sum being that of g and the mixed values.
     _, rate, dtype = static
     g = stored(g / total)
-    along = row_sum(g * mixed) * (1 - rate)
+    along = computed_row_sum(g * mixed) * (1 - rate)
     g = rounded(g, dtype)
     dv = _turned(product(g, drop(raised), dtype, turn="x"))
     dlogits = drop(product(g, v, dtype, turn="y")) - along

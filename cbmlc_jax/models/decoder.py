@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, UInt32
 
 from cbmlc_jax.models import ops
@@ -115,4 +114,4 @@ def readout(
     nodes: Float[Array, "batch labels width"], weights: Float[Array, "labels width"]
 ) -> Float[Array, "batch labels"]:
     """logit_l = W_l . v_l (paper eq. 10); never B x L x L."""
-    return jnp.sum(nodes * ops.repeat(weights, nodes.shape[0]), axis=-1)
+    return ops.row_products(nodes, weights)

@@ -159,9 +159,26 @@ def _column_sum(x: Float[Array, "... width"]) -> Float[Array, " width"]:
     return jnp.matmul(jnp.ones((1, len(x)), x.dtype), x, precision=_EXACT)[0]
 
 
-def row_sum(x: Float[Array, "... width"]) -> Float[Array, "... 1"]:
-    """Sums over the last axis, as a product."""
-    return jnp.matmul(x, jnp.ones((x.shape[-1], 1), x.dtype), precision=_EXACT)
+def row_sum(
+    x: Float[Array, "... width"], weights: Float[Array, " width"] | None = None
+) -> Float[Array, "... 1"]:
+    """Sums over the last axis, weighted or not, as a product: XLA:CPU reduces the axis
+    that is contiguous slowly."""
+    if weights is None:
+        weights = jnp.ones(x.shape[-1], x.dtype)
+    return jnp.matmul(x, weights[:, None], precision=_EXACT)
+
+
+def computed_row_sum(x: Float[Array, "... width"]) -> Float[Array, "... 1"]:
+    """`row_sum` of an x that nothing else reads, which is then never stored whole."""
+    return row_sum(stored(_folded(x, -1)))
+
+
+def _folded(x: Array, axis: int) -> Array:
+    """An axis shortened to the sum of its quarters (thirds, ...), where it has such."""
+    size = x.shape[axis]
+    parts = next((n for n in (4, 3, 5, 2) if size % n == 0), 1)
+    return sum(jnp.split(x, parts, axis))
 
 
 def row_max(x: Float[Array, "... width"]) -> Float[Array, "... 1"]:
@@ -181,6 +198,24 @@ def _repeat_backward(times, _, g):
 
 
 repeat.defvjp(lambda x, times: (repeat(x, times), None), _repeat_backward)
+
+
+@jax.custom_vjp
+def row_products(
+    x: Float[Array, "batch nodes width"], w: Float[Array, "nodes width"]
+) -> Float[Array, "batch nodes"]:
+    """sum_k x_bnk w_nk."""
+    return computed_row_sum(x * w[None])[..., 0]
+
+
+def _own_backward(saved, g):
+    x, w = saved
+    terms = (g[..., None] * x).reshape(len(x), -1)
+    dw = _column_sum(stored(_folded(terms, 0))).reshape(w.shape)
+    return g[..., None] * w[None], dw
+
+
+row_products.defvjp(lambda x, w: (row_products(x, w), (x, w)), _own_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -243,7 +278,7 @@ def _norm_forward(x, scale, bias):
     x = stored(x)
     wide = (1,) * (x.ndim - 1) + (-1,)
     mean = row_sum(x) / x.shape[-1]
-    variance = row_sum(jnp.square(x - mean)) / x.shape[-1]
+    variance = computed_row_sum(jnp.square(x - mean)) / x.shape[-1]
     inverse = jax.lax.rsqrt(variance + 1e-5)
     y = (x - mean) * inverse * scale.reshape(wide) + bias.reshape(wide)
     return stored(y), (x, mean, inverse, scale)
@@ -251,12 +286,16 @@ def _norm_forward(x, scale, bias):
 
 def _norm_backward(saved, g):
     x, mean, inverse, scale = saved
+    # With h = g scale: dx = inverse (h - mean(h) - unit mean(h unit)).  Both means are
+    # products with scale: one array of the size of x is written besides dx, g unit.
     g = stored(g)
     unit = (x - mean) * inverse
+    turned = stored(g * unit)
+    along = row_sum(turned, scale) / x.shape[-1]
+    level = row_sum(g, scale) / x.shape[-1]
     scaled = g * scale.reshape((1,) * (x.ndim - 1) + (-1,))
-    along = row_sum(scaled * unit) / x.shape[-1]
-    dx = inverse * (scaled - row_sum(scaled) / x.shape[-1] - unit * along)
-    return stored(dx), _column_sum(g * unit), _column_sum(g)
+    dx = inverse * (scaled - level - unit * along)
+    return stored(dx), _column_sum(turned), _column_sum(g)
 
 
 layer_norm.defvjp(_norm_forward, _norm_backward)
