@@ -35,6 +35,10 @@ TINY = {
 }
 
 
+# Half to compile, for tests that are not about the network.
+HALF = {"model.encoder.layers": 0, "model.intermediate_weight": 0.0}
+
+
 def tiny_config(**changes):
     """The base config on the embedded data, shrunk; keys as in a flat config."""
     config = config_lib.base()

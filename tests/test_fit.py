@@ -155,9 +155,7 @@ def test_cross_fitting_an_estimator(tmp_path):
 def test_cross_fitting_a_neural_model_resumes(tmp_path, monkeypatch):
     """Stopped in the second fold, started again: the same row as without the stop."""
     changes = {"train.crossfit": 2, "train.num_epochs": 2}
-    # No less to resume, and half to compile, for each fold anew.
-    changes |= {"model.encoder.layers": 0, "model.intermediate_weight": 0.0}
-    config = running.tiny_config(**changes)
+    config = running.tiny_config(**changes, **running.HALF)
     straight = fit.train_and_evaluate(config, str(tmp_path / "straight"), "test")
     calls, real = [], train.fit
 
