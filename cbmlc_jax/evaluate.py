@@ -82,9 +82,7 @@ def choose(validation: Validation) -> tuple[dict[str, dict[str, float]], list[st
         if used != protocol:
             warnings.append(f"{validation.rates.reason}: {protocol} is {used}")
         elif protocol == "corrected_val" and validation.rates.partial:
-            warnings.append(
-                f"{validation.rates.reason}: {protocol} corrects added labels alone"
-            )
+            warnings.append(f"{validation.rates.reason} in {protocol}")
         chosen[protocol] = thresholds.choose(curves, validation.grid)
     return chosen, warnings
 

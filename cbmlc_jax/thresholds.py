@@ -38,8 +38,9 @@ class Rates:
         source: "known" (realised by the injector), "given" (by the user, in
             config.noise.r0 and r1) or "estimated".
         doubt: why an estimate is not to be used; "" where it is.
-        partial: `doubt` is of r1 alone, which counts as 0: labels that were added are
-            corrected, and lost ones are not.
+        partial: `doubt` is of r1 alone; the rates are used all the same, with an r1
+            that is a guess, or 0: then labels that were added are corrected, and lost
+            ones are not.
     """
 
     r0: float
@@ -63,7 +64,10 @@ class Rates:
     def reason(self) -> str:
         """Why labels cannot be corrected with them, or not in full, in words."""
         if self.partial:
-            return f"P(1->0) could not be estimated ({self.doubt}) and counts as 0"
+            return (
+                f"P(1->0) could not be estimated ({self.doubt}) and counts as "
+                f"{self.r1:.3g}"
+            )
         if self.doubt:
             return f"the noise rates could not be estimated ({self.doubt})"
         return (

@@ -284,17 +284,52 @@ def test_rows_that_are_alike_are_not_told_apart():
     assert rates.of_careful_rows(whole, scores, noisy, mixed) is whole
 
 
-def test_one_positive_of_each_row_is_rejected():
+def test_one_positive_of_each_row_is_a_guess():
     """Type 3: no entry survives beside another one."""
-    scores, _, noisy = simulate(0, 0, kind="single")
+    scores, clean, noisy = simulate(0, 0, kind="single")
     found = rates.estimate(scores, noisy)
-    assert not found.reliable
+    _, lost = realised(clean, noisy)
+    highest = noisy[np.arange(len(noisy)), scores.argmax(1)]
+    assert found.r1 == pytest.approx(1 - highest.mean())
+    assert abs(found.r1 - lost) < 0.15
+    assert found.positives == pytest.approx(noisy.sum() / highest.mean())
+    assert not found.reliable and found.partial and found.rates.usable
     assert "no row has two labels" in found.reason
+    assert f"{1 / (1 - found.r1):.2f} is a guess" in found.reason
+    assert f"counts as {found.r1:.3g}" in found.rates.reason
     # Of a few rows that have, none of which tells: it looks like r1 = 1.
     noisy[:3, :2] = 1
-    assert "1 - r0 - r1" in rates.estimate(scores, noisy).reason
+    found = rates.estimate(scores, noisy)
+    assert "1 - r0 - r1" in found.reason
     assert not found.rates.usable
     assert found.reason in found.rates.reason
+
+
+def test_single_labels_of_which_nothing_can_be_guessed():
+    scores, _, noisy = simulate(0, 0, kind="single")
+    priors = np.broadcast_to(noisy.mean(0), scores.shape)
+    shuffled = rngs.generator(0, "shuffled").permutation(scores)
+    for some, given, why in (
+        (priors, noisy, "most likely label is its label"),
+        (shuffled, noisy, "most likely label is its label"),
+        (scores[:99], noisy[:99], "99 rows"),
+    ):
+        found = rates.estimate(some, given)
+        assert not found.partial and not found.rates.usable and why in found.reason
+
+
+def test_a_guess_leaves_as_much_as_a_correction_can_bear():
+    """Rows of a hundred labels: the highest-scored one is hardly ever that which is
+    left."""
+    draw = rngs.generator(0, "many")
+    topic = draw.integers(0, 10, 2000)
+    scores = draw.random((2000, 1000)) + (np.arange(1000) // 100 == topic[:, None])
+    noisy = np.zeros(scores.shape, np.uint8)
+    noisy[np.arange(2000), 100 * topic + draw.integers(0, 100, 2000)] = 1
+    found = rates.estimate(scores, noisy)
+    assert found.r1 == pytest.approx(0.95) and found.rates.usable
+    # Unscored: the highest of equals is none of them.
+    assert not rates.estimate(np.zeros_like(scores), noisy).partial
 
 
 def test_an_estimate_that_chance_could_move_far_is_rejected():

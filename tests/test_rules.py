@@ -189,7 +189,7 @@ def test_partial_rates_are_kept_and_used(trained, tmp_path):
     assert rules.protocol_of("auto", row) == "corrected_val"
     _, warnings = evaluate.choose(dataclasses.replace(kept, clean=kept.labels))
     assert len(warnings) == 1
-    assert "(few anchors) and counts as 0: corrected_val corrects added" in warnings[0]
+    assert "(few anchors) and counts as 0 in corrected_val" in warnings[0]
 
 
 def test_a_workdir_without_validation_scores(trained, tmp_path):
