@@ -295,8 +295,8 @@ def _of_single_labels(scores: np.ndarray, on: np.ndarray) -> Estimate:
     return dataclasses.replace(
         _nothing(
             on,
-            f"no row has two labels; that they would have {1 / left:.2f} is a guess: if "
-            "it is k on average, give config.noise.r0=0 and config.noise.r1 = 1 - 1/k",
+            f"no row has two labels; that they would have {1 / left:.2f} is a guess: "
+            "if it is k on average, give config.noise.r0=0 and config.noise.r1=1-1/k",
         ),
         r1=1 - left,
         positives=positives,
