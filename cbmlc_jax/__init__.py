@@ -2,7 +2,7 @@
 
 import importlib
 
-__version__ = "0.2.1"
+__version__ = "0.2.2"
 
 # Name -> its module, imported when the name is first used: `import cbmlc_jax` is quick.
 _LAZY = {
