@@ -27,20 +27,18 @@ the same, the rates are partial (`thresholds.Rates`).
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from cbmlc_jax.anchors import Anchors, empty_rows, largest, lowest, survival
 from cbmlc_jax.thresholds import LEAST_INFORMATION as LEAST_USABLE
 from cbmlc_jax.thresholds import Rates
 
 # All chosen on bibtex, noise seeds 0 and 1, and on simulated rows; not on other data.
-LOWEST = 0.1  # share of the entries that anchor r0
 SHARE = 0.1  # K / ones that have another one in their row
 MOST, FEWEST = 400, 100  # bounds of K: deeper is less pure, shallower is less certain
 MISSING = 0.5  # below this share of the expected empty rows, rows were refilled
-STEPS = 100  # of the iteration for refilled rows, at most
 # The rule for "unreliable".
 LEAST_INFORMATION = 0.1  # 1 - r0 - r1, before rows are refilled
 LEAST_LIFT = 2.0  # share of ones over that of the anchors' labels, both above r0
@@ -105,7 +103,7 @@ def estimate(
 
         r0 = mean label of the lowest-scored tenth
         K  = clip(SHARE (m - its share by r0), FEWEST, MOST)
-        1 - r = h / K                            (refilled rows: see `_survival`)
+        1 - r = h / K                            (refilled rows: see `survival`)
         P  = (n - refilled - r0 N L) / (1 - r0 - r)
         r1 = r - refilled / P
 
@@ -144,7 +142,7 @@ def estimate(
     if not 0 < ones < on.size:
         share = ones / max(on.size, 1)
         return _nothing(on, f"a share of {share:g} of the labels is on")
-    r0, r0_spread = _lowest(scores, on)
+    r0, r0_spread = lowest(scores, on)
     size = on.sum(1)
     if size.max() == 1 < on.shape[1]:
         return _of_single_labels(scores, on)
@@ -155,11 +153,11 @@ def estimate(
         return _nothing(on, f"fewer than {4 * k} entries beside another positive")
 
     sizes = np.bincount(size, minlength=2)
-    anchors = _Anchors.take(scores, on, accompanied, k)
-    lost, refilled = _survival(anchors, sizes)
-    if sizes[0] >= MISSING * _empty_rows(sizes, lost):
+    anchors = Anchors.take(scores, on, accompanied, k)
+    lost, refilled = survival(anchors, sizes)
+    if sizes[0] >= MISSING * empty_rows(sizes, lost):
         # No row was refilled: all entries will do, and the best of them are purer.
-        anchors = _Anchors.take(scores, on, np.ones_like(on), k)
+        anchors = Anchors.take(scores, on, np.ones_like(on), k)
         lost, refilled = 1 - anchors.share(), 0.0
     information = 1 - r0 - lost
     if information < LEAST_INFORMATION:
@@ -256,8 +254,8 @@ def anchored(
     """
     scores, on = np.asarray(scores), np.asarray(labels) != 0
     k = int(np.clip(SHARE * on.sum(), FEWEST, MOST))
-    highest = _first(scores.ravel(), min(k, on.size))
-    return _lowest(scores, on)[0], 1 - float(np.average(on.ravel(), weights=highest))
+    highest = largest(scores.ravel(), min(k, on.size))
+    return lowest(scores, on)[0], 1 - float(np.average(on.ravel(), weights=highest))
 
 
 def _of_single_labels(scores: np.ndarray, on: np.ndarray) -> Estimate:
@@ -328,116 +326,7 @@ def _nothing(on: np.ndarray, reason: str) -> Estimate:
     )
 
 
-def _first(values: Float[np.ndarray, " n"], k: int) -> Float[np.ndarray, " n"]:
-    """[n] 1 for the k largest, 0 for the rest; ties at the boundary share their part.
-
-    The sum is k.
-    """
-    cut = np.partition(values, len(values) - k)[len(values) - k]
-    above, tied = values > cut, values == cut
-    return above + tied * ((k - above.sum()) / tied.sum())
-
-
-def _spread(weight: np.ndarray, on: np.ndarray, rows: np.ndarray) -> float:
-    """Standard error of the weighted mean of `on`, all [n], over independent rows."""
-    residual = weight * (on - np.average(on, weights=weight))
-    return float(np.sqrt(np.square(np.bincount(rows, residual)).sum()) / weight.sum())
-
-
-def _lowest(scores: np.ndarray, on: np.ndarray) -> tuple[float, float]:
-    """r0 and its standard error, from the lowest-scored entries of [N, L]."""
-    weight = _first(-scores.ravel(), max(1, int(LOWEST * on.size)))
-    chosen = np.flatnonzero(weight)
-    weight, ones = weight[chosen], on.ravel()[chosen]
-    rows = chosen // on.shape[1]
-    return float(np.average(ones, weights=weight)), _spread(weight, ones, rows)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Anchors:
-    """The highest-scored of some entries, n >= K of them where scores are tied.
-
-    Attributes:
-        rows, columns: int [n].
-        weight: [n], sum K.
-        on: bool [n].
-        lone: bool [n], off, in a row of exactly one positive.
-        following: mean label of the next 3 K entries.
-    """
-
-    rows: np.ndarray
-    columns: np.ndarray
-    weight: np.ndarray
-    on: np.ndarray
-    lone: np.ndarray
-    following: float
-
-    @classmethod
-    def take(cls, scores, on, allowed, k: int) -> _Anchors:
-        """The k highest scores of [N, L] where `allowed`."""
-        entries = np.flatnonzero(allowed.ravel())
-        values = scores.ravel()[entries]
-        first = _first(values, k)
-        after = _first(values, 4 * k) - first
-        following = np.average(on.ravel()[entries], weights=after)
-        chosen = np.flatnonzero(first)
-        rows, columns = np.divmod(entries[chosen], on.shape[1])
-        lit = on[rows, columns]
-        lone = ~lit & (on.sum(1)[rows] == 1)
-        return cls(rows, columns, first[chosen], lit, lone, float(following))
-
-    @functools.cached_property
-    def _sums(self) -> tuple[float, float, float]:
-        """Weight of all, of those that are on and of the `lone`."""
-        weight = self.weight
-        return weight.sum(), weight[self.on].sum(), weight[self.lone].sum()
-
-    def share(self, refilled: float = 0.0) -> float:
-        """Share of ones, where `refilled` of the `lone` anchors do not count."""
-        everything, on, lone = self._sums
-        counted = everything - refilled * lone
-        return float(on / counted) if counted > 0 else 0.0
-
-    def spread(self) -> float:
-        """Standard error of `share`."""
-        return _spread(self.weight, self.on, self.rows)
-
-
-def _empty_rows(sizes: np.ndarray, lost: float) -> float:
-    """Rows of clean positives that noise emptied, from the sizes of all others.
-
-    A row of k >= 1 positives that each survive with probability 1 - r (and of any
-    false ones) has a size with generating function G(z), G(-r / (1 - r)) = 0.  Rows
-    that were empty have size 0, or 1 if they were refilled; n_0 is solved for.
-    Above r = 1/2 the series would amplify the noise of the largest sizes.
-    """
-    z = -min(lost, 0.5) / (1 - min(lost, 0.5))
-    powers = z ** np.arange(len(sizes))
-    rest = (sizes[0] + sizes[1]) * z + sizes[2:] @ powers[2:]
-    return float(np.clip(-rest / (1 - z), 0, sizes[0] + sizes[1]))
-
-
-def _survival(anchors: _Anchors, sizes: np.ndarray) -> tuple[float, float]:
-    """P(1->0) before rows are refilled, and the number of refilled rows.
-
-    An anchor that is off beside a single positive may owe this to the refilling of a
-    row that had lost all of its ones: of rows of two positives a share r / (2 - r),
-    and of all rows of size 1 a share refilled / sizes[1].  The smaller share of such
-    anchors does not count; as it depends on r, both are found by iteration.
-    """
-    lost, refilled = 1 - anchors.share(), 0.0
-    for _ in range(STEPS):
-        before = lost
-        refilled = max(0.0, _empty_rows(sizes, lost) - sizes[0])
-        ignored = min(lost / (2 - lost), refilled / max(sizes[1], 1))
-        # Halfway: the more was lost, the more is ignored, so that full steps may swing.
-        lost = (lost + 1 - anchors.share(ignored)) / 2
-        if abs(lost - before) < 1e-9:
-            break
-    return lost, refilled
-
-
-def _doubt(found: Estimate, anchors: _Anchors, prior: np.ndarray) -> str:
+def _doubt(found: Estimate, anchors: Anchors, prior: np.ndarray) -> str:
     """The part of the rule that looks at the anchors; "" where it accepts them."""
     share = anchors.share()
     lift = share - found.r0 - 2 * anchors.spread()
@@ -472,13 +361,13 @@ def _per_label(scores: np.ndarray, on: np.ndarray) -> dict[str, np.ndarray]:
         if rows < 2 * FEWEST:
             break
         values, lit = scores[:, l], on[:, l]
-        low = np.average(lit, weights=_first(-values, rows // 2))
+        low = np.average(lit, weights=largest(-values, rows // 2))
         r0[l] = low
         excess = lit.sum() - low * rows
         k = int(LABEL_SHARE * excess)
         if k < LABEL_FEWEST:
             continue
-        high = np.average(lit, weights=_first(values, k))
+        high = np.average(lit, weights=largest(values, k))
         if high - low >= LEAST_INFORMATION:
             r1[l] = 1 - high
             positives[l] = min(excess / (high - low), rows)

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from cbmlc_jax import rates, rngs, thresholds
+from cbmlc_jax import anchors, rates, rngs, thresholds
 from cbmlc_jax.thresholds import Rates
 
 ROWS, LABELS = 2000, 50
@@ -177,10 +177,10 @@ def test_emptied_rows_follow_from_the_sizes_of_the_others(lost):
         for _ in range(k):
             once = np.convolve(once, [lost, 1 - lost])
         sizes[: k + 1] += n * once
-    assert rates._empty_rows(sizes, lost) == pytest.approx(sizes[0])
+    assert anchors.empty_rows(sizes, lost) == pytest.approx(sizes[0])
     refilled = sizes.copy()
     refilled[:2] = 0, sizes[0] + sizes[1]
-    assert rates._empty_rows(refilled, lost) == pytest.approx(sizes[0])
+    assert anchors.empty_rows(refilled, lost) == pytest.approx(sizes[0])
 
 
 def prior_scores(noisy):
