@@ -41,7 +41,7 @@ STYLE = {
     "svg.fonttype": "path",
     "svg.hashsalt": "cbmlc_jax",  # the same picture, byte for byte
 }
-SIZE = (5.2, 3.8)
+SIZE, WIDE = (5.2, 3.8), (8.6, 3.8)  # inches; the wide ones have a legend beside them
 NAMED = 25  # labels with their name in a t-SNE
 
 
@@ -51,12 +51,13 @@ class FigureError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """Attributes: name of its files; title; caption; draw(axes)."""
+    """Attributes: name of its files; title; caption; draw(axes); size in inches."""
 
     name: str
     title: str
     caption: str
     draw: object
+    size: tuple[float, float] = SIZE
 
     def image(self, kind: str) -> bytes:
         """The panel as "png" or "svg".
@@ -73,7 +74,7 @@ class Panel:
         from matplotlib.figure import Figure
 
         with matplotlib.rc_context(STYLE):
-            figure = Figure(figsize=SIZE, layout="constrained")
+            figure = Figure(figsize=self.size, layout="constrained")
             axes = figure.subplots()
             axes.set_title(self.title, fontsize=11)
             self.draw(axes)
@@ -103,6 +104,11 @@ def _slug(*words: object) -> str:
 def _legend(name: str) -> str:
     """A name of many settings in lines that leave the axes their room."""
     return textwrap.fill(name, 44, break_on_hyphens=False)
+
+
+def _legend_beside(axes) -> None:
+    """Lines of many systems leave no room for it among them."""
+    axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), fontsize=8)
 
 
 def _noise(group: Group) -> str:
@@ -146,7 +152,7 @@ def _mean_average_precision(groups: list[Group]) -> list[Panel]:
             axes.set_xlabel("epoch (dotted: the one chosen on validation)")
             axes.set_ylabel("mAP")
             axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.legend()
+            _legend_beside(axes)
 
         found.append(
             Panel(
@@ -156,6 +162,7 @@ def _mean_average_precision(groups: list[Group]) -> list[Panel]:
                 "noisy labels that are trained on; test: against the clean ones. "
                 "Nothing was chosen by these curves.",
                 draw,
+                WIDE,
             )
         )
     return found
@@ -187,6 +194,14 @@ def _noise_rates(groups: list[Group]) -> list[Panel]:
     return found
 
 
+def _line_name(line: list[Group], lines: list[list[Group]]) -> str:
+    """The model, and the settings in which its lines differ."""
+    model = line[0].model
+    alike = [other[0] for other in lines if other[0].model == model]
+    differing = records.variant(line[0], alike)
+    return _legend(f"{model} ({differing})" if differing else model)
+
+
 def _rate_panel(data: str, kind: str, metric: str, lines: list[list[Group]]) -> Panel:
     def draw(axes):
         for i, some in enumerate(lines):
@@ -196,8 +211,9 @@ def _rate_panel(data: str, kind: str, metric: str, lines: list[list[Group]]) -> 
                 [np.std(g.scores(HONEST, metric), ddof=len(g.rows) > 1) for g in some],
                 color=COLOURS[i % len(COLOURS)],
                 marker=MARKERS[i % len(MARKERS)],
+                linestyle="-" if i < len(COLOURS) else "-.",
                 capsize=3,
-                label=_legend(max((g.name for g in some), key=len)),
+                label=_line_name(some, lines),
             )
         for name, style in (("cbmlc", "--"), (published.BEST_OTHER, ":")):
             scores = published.BY_RATE.get((data, kind, name), {}).get(metric)
@@ -212,7 +228,7 @@ def _rate_panel(data: str, kind: str, metric: str, lines: list[list[Group]]) -> 
         what = {"ncar": "of a label to be flipped", "nar": "of a positive to be lost"}
         axes.set_xlabel(f"nominal probability {what[kind]}")
         axes.set_ylabel(metric)
-        axes.legend()
+        _legend_beside(axes)
 
     return Panel(
         _slug("figure3", data, kind, metric),
@@ -220,6 +236,7 @@ def _rate_panel(data: str, kind: str, metric: str, lines: list[list[Group]]) -> 
         "Figure 3: noise level against F1, thresholds chosen honestly "
         "(corrected_val); bars: standard deviation over seeds.",
         draw,
+        WIDE,
     )
 
 

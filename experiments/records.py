@@ -92,7 +92,7 @@ class Records:
         alike = collections.defaultdict(list)
         for group in groups:
             alike[(group.setting, group.model)].append(group)
-        names = {id(g): _variant(g, some) for some in alike.values() for g in some}
+        names = {id(g): variant(g, some) for some in alike.values() for g in some}
         return [dataclasses.replace(g, variant=names[id(g)]) for g in groups]
 
     def predictions(self, row: dict) -> details.Predictions | None:
@@ -170,7 +170,7 @@ def _key(row: dict, seeds: bool) -> tuple:
     return (row["dataset"], row["fingerprint"], row["model"], *noise, str(delta))
 
 
-def _variant(group: Group, alike: list[Group]) -> str:
+def variant(group: Group, alike: list[Group]) -> str:
     """The preset, and the settings in which groups of this preset differ."""
     mine = group.first["config"]
     deltas = [other.first["config"] for other in alike]

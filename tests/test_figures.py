@@ -155,3 +155,23 @@ def test_a_long_name_leaves_the_axes_their_room(tmp_path):
     names = [text.get_text() for text in axes.get_legend().get_texts()]
     [first, second] = [name for name in names if "learning_rate" in name]
     assert max(map(len, f"{first}\n{second}".split("\n"))) <= 44
+
+
+def test_no_two_lines_look_or_are_called_alike(tmp_path):
+    """Also of settings that only one of two noise levels has several of."""
+    some = [
+        rows.make("lamp", "delicious", kind, rate, model__width=width)
+        for width in range(8, 18)
+        for kind, rate in (("none", 0), ("nar", 0.3))
+    ]
+    some.append(rows.make("lamp", "delicious", "nar", 0.1, model__width=8))
+    panel = by_name(figures.panels(rows.read(tmp_path, *some)))[
+        "figure3-delicious-nar-mif1"
+    ]
+    axes = drawn(panel)
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert {f"lamp (model.width={width})" for width in range(8, 18)} <= set(names)
+    looks = [c.lines[0] for c in axes.containers]
+    looks = {(x.get_color(), x.get_marker(), x.get_linestyle()) for x in looks}
+    assert len(looks) == 10
+    panel.image("png")
