@@ -436,7 +436,7 @@ def test_no_run_and_no_checkpoint(tmp_path, copy):
 
 
 def test_a_diverging_run_says_so(tmp_path):
-    config = running.tiny_config(**{"optim.learning_rate": 1e30})
+    config = running.tiny_config(**{"optim.learning_rate": 1e30}, **running.HALF)
     with pytest.raises(run_lib.RunError, match=r"not finite .*learning_rate"):
         fit.train_and_evaluate(config, str(tmp_path / "run"), "test")
 
