@@ -216,6 +216,7 @@ def _rates(config, dataset: Dataset, noisy: np.ndarray) -> dict:
         "r0_spread": _rounded(found.r0_spread),
         "r1_spread": _rounded(found.r1_spread),
         "reliable": found.reliable,
+        "partial": found.partial,
         "doubt": found.reason,
     }
 
@@ -297,6 +298,8 @@ def _report_labels(found: dict) -> Iterator[str]:
             yield f"  without: {_some(vectors['labels_without_vector'])}"
     if "skipped" in rates:
         yield f"noise rates: not estimated: {rates['skipped']}"
+    elif rates["partial"]:
+        yield f"noise rates: P(1->0) counts as {rates['r1']:.3f}: {rates['doubt']}"
     elif not rates["reliable"]:
         yield f"noise rates: no estimate that could be relied on: {rates['doubt']}"
     else:

@@ -265,13 +265,13 @@ def _of_single_labels(scores: np.ndarray, on: np.ndarray) -> Estimate:
 
         1 - r1 = share of the rows with a label whose highest-scored label it is
 
-    How many labels the rows had cannot be seen.  Anchors that are not positive make k
-    too large, and rows of few labels weigh more, which makes it too small: 3.4 for 2.4
-    on bibtex, 1.25 for 1.23 on reuters, 2.4 for 2.9 on subsets of RCV1.  The estimate
-    is therefore never called reliable; it is `partial`, because a wrong k costs less
-    than none: on bibtex, F1s that are chosen with .6 to 2 times k are 0 to .02 below
-    those with k, and with k = 1 .01 to .05.  r1 is at most what `Rates.usable` can
-    bear.
+    and r0 counts as 0.  How many labels the rows had cannot be seen.  Anchors that are
+    not positive make k too large, and rows of few labels weigh more, which makes it too
+    small: 3.4 for 2.4 on bibtex, 1.25 for 1.23 on reuters, 2.4 for 2.9 on subsets of
+    RCV1.  The estimate is therefore never called reliable; it is `partial`, because a
+    wrong k costs less than none: on bibtex, F1s that are chosen with .6 to 2 times k
+    are 0 to .02 below those with k, and with k = 1 .01 to .05.  r1 is at most what
+    `Rates.usable` can bear.
     """
     labelled = on.any(1)
     rows = int(labelled.sum())

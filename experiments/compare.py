@@ -96,9 +96,7 @@ def lines(found: Records, pairs: list[tuple[Group, Group]], resamples: int):
     yield "| " + " | ".join(["---"] * len(header)) + " |"
     for ours, theirs in pairs:
         seeds, compared = rows(found, ours, theirs, resamples)
-        noise = ours.first["noise"]
-        rate = f" {noise['rate']:g}" if noise["rate"] else ""
-        cells = [ours.first["dataset"], noise["kind"] + rate, str(seeds)]
+        cells = [ours.first["dataset"], ours.noise, str(seeds)]
         for name in metrics.F1_NAMES:
             c = compared.get(name)
             low, high, p = ("", "", "") if c is None else (c.low, c.high, c.p)

@@ -30,6 +30,7 @@ from experiments.tables import is_fixed, is_regularised
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
+DASHES = ("-", "-.", ":", "--")  # of the lines after as many as there are colours
 STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -111,11 +112,6 @@ def _legend_beside(axes) -> None:
     axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), fontsize=8)
 
 
-def _noise(group: Group) -> str:
-    noise = group.first["noise"]
-    return noise["kind"] + (f" {noise['rate']:g}" if noise["rate"] else "")
-
-
 def _by(groups: list[Group], key) -> dict[tuple, list[Group]]:
     found = collections.defaultdict(list)
     for group in groups:
@@ -128,7 +124,7 @@ def _mean_average_precision(groups: list[Group]) -> list[Panel]:
     groups = [g for g in groups if "curves" in g.first]
     found = []
     for (data, noise, *_), some in _by(
-        groups, lambda g: (g.first["dataset"], _noise(g), g.setting)
+        groups, lambda g: (g.first["dataset"], g.noise, g.setting)
     ).items():
 
         def draw(axes, some=some):
@@ -211,7 +207,7 @@ def _rate_panel(data: str, kind: str, metric: str, lines: list[list[Group]]) -> 
                 [np.std(g.scores(HONEST, metric), ddof=len(g.rows) > 1) for g in some],
                 color=COLOURS[i % len(COLOURS)],
                 marker=MARKERS[i % len(MARKERS)],
-                linestyle="-" if i < len(COLOURS) else "-.",
+                linestyle=DASHES[i // len(COLOURS) % len(DASHES)],
                 capsize=3,
                 label=_line_name(some, lines),
             )
@@ -320,8 +316,8 @@ def _planes(found: Records, groups: list[Group]) -> list[Panel]:
         seen.add(key)
         planes.append(
             Panel(
-                _slug("tsne", row["dataset"], _noise(group), group.name),
-                f"{row['dataset']}, {_noise(group)}: {group.name}",
+                _slug("tsne", row["dataset"], group.noise, group.name),
+                f"{row['dataset']}, {group.noise}: {group.name}",
                 f"t-SNE of the label embeddings, seed {row['seed']}. Size: how often a "
                 f"label occurs in training; {NAMED} frequent ones are named; lines "
                 "join the pairs that occur together most often.",

@@ -54,6 +54,12 @@ class Group:
         return self.first["model"]
 
     @property
+    def noise(self) -> str:
+        """Kind and rate, where it has one: "ncar 0.05"."""
+        noise = self.first["noise"]
+        return noise["kind"] + (f" {noise['rate']:g}" if noise["rate"] else "")
+
+    @property
     def setting(self) -> tuple:
         """Groups of the same data, noise and rates may be held against each other."""
         row = self.first

@@ -255,12 +255,16 @@ def estimated_table(found: Records, resamples: int = bootstrap.RESAMPLES) -> Tab
     columns += [Column(n, "", "honest") for n in metrics.F1_NAMES]
     columns.append(Column("maF1, a threshold a label", "", "honest"))
     columns += [Column("− best other", n, "honest") for n in metrics.F1_NAMES]
-    order = {noise: i for i, noise in enumerate(config_lib.CHOICES["noise.kind"])}
-    groups.sort(key=lambda g: (g.first["dataset"], order[g.first["noise"]["kind"]]))
+    kinds = config_lib.CHOICES["noise.kind"]
+    noises = [(g.first["dataset"], g.first["noise"]) for g in groups]
+    places = [(data, kinds.index(n["kind"]), n["rate"] or 0) for data, n in noises]
+    groups = [
+        g for _, g in sorted(zip(places, groups, strict=True), key=lambda x: x[0])
+    ]
     lines = []
     for group in groups:
         data, *described = _described(group.first["dataset"], group.model, group)
-        cells = [data, Cell(group.first["noise"]["kind"]), *described]
+        cells = [data, Cell(group.noise), *described]
         cells += [score(group.scores(HONEST, n)) for n in metrics.F1_NAMES]
         each = [row.get("per_label_metrics") for row in group.rows]
         known = [m[HONEST]["maF1"] for m in each if m]

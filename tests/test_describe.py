@@ -100,6 +100,18 @@ def test_what_is_counted_by_hand(kind, monkeypatch):
     assert "no estimate that could be relied on: fewer than" in text
 
 
+def test_one_label_a_row_is_called_a_guess(tmp_path):
+    done = running.main(
+        *running.flags(**{"noise.kind": "single_positive"}),
+        "--mode=data",
+        f"--output={tmp_path / 'audit.json'}",
+    )
+    assert done.returncode == 0, done.stderr
+    rates = json.loads((tmp_path / "audit.json").read_text())["rates"]
+    assert rates["partial"] and not rates["reliable"]
+    assert f"P(1->0) counts as {rates['r1']:.3f}: no row has two labels" in done.stdout
+
+
 def test_the_command_line_finds_noise_and_missing_vectors(tmp_path):
     out = tmp_path / "audit.json"
     done = running.main(

@@ -161,7 +161,7 @@ def test_no_two_lines_look_or_are_called_alike(tmp_path):
     """Also of settings that only one of two noise levels has several of."""
     some = [
         rows.make("lamp", "delicious", kind, rate, model__width=width)
-        for width in range(8, 18)
+        for width in range(8, 30)
         for kind, rate in (("none", 0), ("nar", 0.3))
     ]
     some.append(rows.make("lamp", "delicious", "nar", 0.1, model__width=8))
@@ -170,8 +170,8 @@ def test_no_two_lines_look_or_are_called_alike(tmp_path):
     ]
     axes = drawn(panel)
     names = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert {f"lamp (model.width={width})" for width in range(8, 18)} <= set(names)
+    assert {f"lamp (model.width={width})" for width in range(8, 30)} <= set(names)
     looks = [c.lines[0] for c in axes.containers]
     looks = {(x.get_color(), x.get_marker(), x.get_linestyle()) for x in looks}
-    assert len(looks) == 10
+    assert len(looks) == 22
     panel.image("png")

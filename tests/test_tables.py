@@ -197,6 +197,15 @@ def estimated(model: str, noise: str, seed: int, score: float, each=None) -> dic
     return row
 
 
+def test_noise_rates_are_told_apart_and_stand_in_order(tmp_path):
+    some = [estimated("stack", "ncar", 0, 0.5) for _ in range(2)]
+    some[0]["noise"]["rate"], some[1]["noise"]["rate"] = 0.05, 0.01
+    found = rows.read(tmp_path, *some, estimated("stack", "none", 0, 0.7))
+    table = tables.build(found, "estimated", resamples=10)
+    names = [line.cells[1].text for line in table.lines]
+    assert names == ["none", "ncar 0.01", "ncar 0.05"]
+
+
 def test_runs_with_estimated_rates_have_a_table(tmp_path):
     added = {"eval.per_label_thresholds": True}  # no other group for it
     first = estimated("stack", "combined", 0, 0.5, 0.3)

@@ -208,14 +208,14 @@ def row_products(
     return computed_row_sum(x * w[None])[..., 0]
 
 
-def _own_backward(saved, g):
+def _row_products_backward(saved, g):
     x, w = saved
     terms = (g[..., None] * x).reshape(len(x), -1)
     dw = _column_sum(stored(_folded(terms, 0))).reshape(w.shape)
     return g[..., None] * w[None], dw
 
 
-row_products.defvjp(lambda x, w: (row_products(x, w), (x, w)), _own_backward)
+row_products.defvjp(lambda x, w: (row_products(x, w), (x, w)), _row_products_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
