@@ -154,7 +154,6 @@ def base() -> ml_collections.ConfigDict:
 
     c.eval = ml_collections.ConfigDict()
     c.eval.batch_size = 64
-    c.eval.per_label_thresholds = False  # also report a threshold for each label
     c.eval.curves = False  # mAP on train and test at every evaluated epoch, to look at
 
     # What one model alone reads stands under the model's name.
@@ -213,6 +212,8 @@ INCIDENTAL = (
     "train.num_devices",
     "train.progress",
 )
+# Keys that former versions had, and that changed nothing in a model.
+RETIRED = ("eval.per_label_thresholds",)
 
 
 def flatten(config: ml_collections.ConfigDict) -> dict[str, object]:
@@ -252,6 +253,8 @@ def restore(saved: dict[str, object]) -> ml_collections.ConfigDict:
     config = base()
     known = flatten(config)
     for key, value in saved.items():
+        if key in RETIRED:
+            continue
         if key not in known:
             raise ConfigError(f"config.json has a key of another version: {key}")
         if value is not None:
@@ -267,7 +270,8 @@ def differences(mine: dict[str, object], theirs: dict[str, object]) -> list[str]
     default = flatten(base())
     mine, theirs = default | mine, default | theirs
     keys = sorted(set(mine) | set(theirs))
-    return [k for k in keys if k not in INCIDENTAL and mine.get(k) != theirs.get(k)]
+    skipped = (*INCIDENTAL, *RETIRED)
+    return [k for k in keys if k not in skipped and mine.get(k) != theirs.get(k)]
 
 
 def apply_published(config: ml_collections.ConfigDict, explicit: set[str]) -> None:

@@ -66,7 +66,8 @@ class Decision:
     """Labels with score >= threshold, at least and at most so many of each row.
 
     Attributes:
-        threshold: of all labels, or float64 [L], one for each.
+        threshold: of all labels, or float64 [L], one for each; None: each row's own,
+            see `expected_per_row`, of `calibration`'s probabilities.
         min_labels: where fewer reach it, the best scores up to so many are added.
         max_labels: of those that reach it only so many best stay; None: all.
         calibration: of the scores that are written, or None.
@@ -74,7 +75,7 @@ class Decision:
         chosen: how it was chosen, for the model card; JSON.
     """
 
-    threshold: float | np.ndarray
+    threshold: float | np.ndarray | None
     min_labels: int = 0
     max_labels: int | None = None
     calibration: Calibration | None = None
@@ -87,7 +88,10 @@ class Decision:
         In float64, as thresholds are stored: float32(.3) would not reach .3.
         """
         shown = self.probabilities(scores) if self.of_calibrated else scores
-        said = shown.astype(np.float64) >= self.threshold
+        if self.threshold is None:
+            said = expected_per_row(scores, np.where(scores > 0, shown, 0))
+        else:
+            said = shown.astype(np.float64) >= self.threshold
         if not self.min_labels and self.max_labels is None:
             return said
         place = np.argsort(ranked(scores), axis=1)
@@ -142,9 +146,12 @@ class Decision:
             threshold = np.array(threshold, np.float64)
             if threshold.shape != (num_labels,):
                 raise ValueError(f"its thresholds are not those of {num_labels} labels")
-        elif type(threshold) not in (int, float):
+        elif type(threshold) not in (int, float, type(None)):
             raise ValueError("its threshold is no number")
-        if not np.isfinite(threshold).all():
+        if threshold is None:
+            if not fields["calibration"] or fields["of_calibrated"] is not True:
+                raise ValueError("it has neither a threshold nor a calibration")
+        elif not np.isfinite(threshold).all():
             raise ValueError("a threshold is not finite")
         if fields["calibration"] is not None:
             calibration = Calibration.from_json(fields["calibration"])
@@ -153,6 +160,35 @@ class Decision:
         if type(least) is not int or not (most is None or type(most) is int):
             raise ValueError("its numbers of labels are no whole numbers")
         return cls(**fields | {"threshold": threshold})
+
+
+def expected_per_row(scores: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """The labels of each row that have the best F1 that is to be expected.
+
+    With p_(1), p_(2), ... the probabilities of a row's labels in falling order of their
+    scores, its k best are said, k of the largest
+
+        2 sum_{j <= k} p_(j) / (k + sum_l p_l)
+
+    the smaller k of two; at least one.  (The expected F1 of a row whose labels do not
+    depend on each other is a sum over their number; on bibtex it gave the same ebF1
+    within .001.)
+
+    Args:
+        scores: [N, L].
+        probabilities: [N, L] that each label holds, rising with its score.
+
+    Returns:
+        bool [N, L].
+
+    References:
+        Dembczynski et al. 2011, An exact algorithm for F-measure maximization.
+    """
+    order = ranked(scores)
+    p = np.take_along_axis(probabilities, order, axis=1)
+    said = np.arange(1, p.shape[1] + 1)
+    best = np.argmax(p.cumsum(1) / (said + p.sum(1, keepdims=True)), axis=1)
+    return np.argsort(order, axis=1) <= best[:, None]
 
 
 def ranked(scores: np.ndarray) -> np.ndarray:

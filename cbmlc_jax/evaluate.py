@@ -7,7 +7,8 @@ import dataclasses
 import numpy as np
 from jaxtyping import Bool, Float
 
-from cbmlc_jax import metrics, thresholds
+from cbmlc_jax import calibration, metrics, thresholds
+from cbmlc_jax.decision import Calibration, Decision
 from cbmlc_jax.thresholds import Rates
 
 Curves = dict[str, np.ndarray]
@@ -51,16 +52,28 @@ class Validation:
             protocol = "noisy_val"
         return thresholds.f1_curves(self.scores, self.labels, self.grid), protocol
 
-    def per_label(self, protocol: str) -> np.ndarray:
-        """A threshold for each label, by a validation protocol."""
-        none = Rates(0.0, 0.0)
+    def rates_for(self, protocol: str) -> Rates:
+        """Noise rates of `labels` by a validation protocol; 0: taken as they are."""
         correct = protocol == "corrected_val" and not self.labels_are_clean
-        rates = self.rates if correct and self.rates.usable else none
+        return self.rates if correct and self.rates.usable else Rates(0.0, 0.0)
+
+    def calibrate(self, kind: str, protocol: str) -> Calibration:
+        """Scores to probabilities, fitted on the labels as a protocol sees them."""
         labels = self.clean if protocol == "clean_val" else self.labels
-        prior = self.prior if rates is self.rates else labels.mean(0)
-        return thresholds.choose_per_label(
-            self.scores, labels, prior, rates, grid=self.grid
-        )
+        return calibration.fit(kind, self.scores, labels, self.rates_for(protocol))
+
+    def per_label(self, protocol: str) -> np.ndarray:
+        """A threshold for each label, by a validation protocol; see
+        `thresholds.expected_per_label`, of isotonic probabilities."""
+        found = self.calibrate("isotonic", protocol)
+        p = np.where(self.scores > 0, found.apply(self.scores), 0)  # 0: ignored
+        return thresholds.expected_per_label(self.scores, p)
+
+    def per_row(self, protocol: str, kind: str = "isotonic") -> Decision:
+        """The labels of each row by its expected F1; see `decision.expected_per_row`,
+        of probabilities by a kind of calibration."""
+        found = self.calibrate(kind, protocol)
+        return Decision(None, calibration=found, of_calibrated=True)
 
 
 def selection_score(validation: Validation, protocol: str) -> tuple[float, str]:
@@ -91,7 +104,6 @@ def protocols(
     validation: Validation,
     test_scores: Float[np.ndarray, "rows labels"],
     test_labels: np.ndarray,
-    per_label: bool = False,
     decoded: Bool[np.ndarray, "rows labels"] | None = None,
 ) -> tuple[dict, list[str]]:
     """Scores on test under every protocol.
@@ -99,42 +111,43 @@ def protocols(
     Args:
         validation: what thresholds are chosen on.
         test_scores, test_labels: [N, L].
-        per_label: also with a threshold for each label.
         decoded: [N, L] what the model itself predicts, where it does.
 
     Returns:
         The parts of a result row, and warnings for the user:
-        {"metrics": {protocol: {F1: value}}, "thresholds": {...}, "ranking": {...}}.
+        {"metrics": {protocol: {F1: value}}, "thresholds": {...}, "ranking": {...},
+        "expected_f1_metrics": see `_expected`}.
     """
     honest, warnings = choose(validation)
     test = thresholds.f1_curves(test_scores, test_labels)
     chosen = {"oracle": thresholds.choose(test)} | honest
-    scores = {
-        protocol: {
-            name: metrics.f1_scores(
-                metrics.count(thresholds.apply(test_scores, t), test_labels)
-            )[name]
-            for name, t in chosen[protocol].items()
-        }
-        for protocol in thresholds.PROTOCOLS
-    }
     parts = {
-        "metrics": scores,
+        "metrics": {
+            protocol: {
+                name: _f1s(thresholds.apply(test_scores, t), test_labels)[name]
+                for name, t in chosen[protocol].items()
+            }
+            for protocol in thresholds.PROTOCOLS
+        },
+        "expected_f1_metrics": {
+            protocol: _expected(validation, protocol, test_scores, test_labels)
+            for protocol in thresholds.PROTOCOLS[1:]
+        },
         "thresholds": chosen,
         "ranking": metrics.ranking(test_scores, test_labels),
     }
     if decoded is not None:
-        parts["decoded_metrics"] = metrics.f1_scores(
-            metrics.count(decoded, test_labels)
-        )
-    if per_label:
-        parts["per_label_metrics"] = {
-            protocol: metrics.f1_scores(
-                metrics.count(
-                    thresholds.apply(test_scores, validation.per_label(protocol)),
-                    test_labels,
-                )
-            )
-            for protocol in thresholds.PROTOCOLS[1:]
-        }
+        parts["decoded_metrics"] = _f1s(decoded, test_labels)
     return parts, warnings
+
+
+def _expected(validation: Validation, protocol: str, scores, labels) -> dict:
+    """{"per_row": {F1: value}, "per_label": {F1: value}} on test: each row's labels by
+    its expected F1, which is meant for ebF1; a threshold for each label, for maF1."""
+    per_row = validation.per_row(protocol).apply(scores)
+    per_label = thresholds.apply(scores, validation.per_label(protocol))
+    return {"per_row": _f1s(per_row, labels), "per_label": _f1s(per_label, labels)}
+
+
+def _f1s(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    return metrics.f1_scores(metrics.count(predicted, labels))

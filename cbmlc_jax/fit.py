@@ -221,12 +221,12 @@ def _cross_fit(run: run_lib.Run) -> run_lib.Run:
     quiet.eval.curves = False  # of the model on all rows alone
     scores, curves, seconds = None, [], 0.0
     for k, held_out in enumerate(
-        folds(len(task.noisy), number, config.data.split_seed)
+        folds(len(task.noisy), number, config.data.split_seed), 1
     ):
-        workdir = os.path.join(run.workdir, "folds", str(k + 1))
+        workdir = _fold(run.workdir, k)
         os.makedirs(workdir, exist_ok=True)
         if config.train.progress:
-            print(f"fold {k + 1} of {number}", flush=True)
+            print(f"fold {k} of {number}", flush=True)
         part = run_lib.Run(quiet, workdir, task_lib.fold(config, task, held_out))
         history = fit(part)
         params, _, _ = run_lib.chosen_params(workdir, part.system.like)
@@ -245,6 +245,11 @@ def _cross_fit(run: run_lib.Run) -> run_lib.Run:
     files.write_array(run_lib.out_of_fold_path(run.workdir), scores)
     found = run_lib.OutOfFold(scores, curve, rule, seconds)
     return run_lib.Run(config, run.workdir, task, found)
+
+
+def _fold(workdir: str, k: int) -> str:
+    """The workdir of fold k of a run, counted from 1."""
+    return os.path.join(workdir, "folds", str(k))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,8 +293,7 @@ def _mix(run: run_lib.Run) -> run_lib.Run:
     Returns:
         The run; under cross-fitting with the mixed out-of-fold scores.
     """
-    found, rule = _fit_members(run), run.config.train.selection
-    rule = "corrected_val" if rule == "last" else rule
+    found, rule = _fit_members(run), _rule(run.config)
     scores = {name: v.scores for name, v in found.validations.items()}
     validation = next(iter(found.validations.values()))
 
@@ -320,42 +324,50 @@ def _mix(run: run_lib.Run) -> run_lib.Run:
 
 
 def _stack(run: run_lib.Run) -> run_lib.Run:
-    """Fits the members of a stack, then the model that reads their scores, and saves
+    """Fits the members of a stack, then the models that read their scores, and saves
     all.
 
-    That model is a run of its own in `stack`, cross-fitted on the members' out-of-fold
-    scores.  Those of the rows that it learns from are of members that may have seen
-    labels of its held-out rows, never the other way round.
+    The latter are the folds of a run of its own in `stack`, on the members' out-of-fold
+    scores.  Those of the rows that they learn from are of members that may have seen
+    labels of the held-out rows, never the other way round.
 
     Returns:
-        The run with the out-of-fold scores of that model.
+        The run with the out-of-fold scores of these models.
     """
     found, config, task = _fit_members(run), run.config, run.task
-    told = [validation.scores for validation in found.validations.values()]
-    on_test = [scores[:0] for scores in told]
-    if len(task.test):  # not of an estimator
-        on_test = [
-            member.scores(found.variables[name], task.test.inputs)
-            for name, member in run.system.members.items()
-        ]
-    task = task_lib.with_inputs(
-        config,
-        task,
-        systems.scored(task.inputs, told),
-        systems.scored(task.test.inputs, on_test),
-    )
+    rule = _rule(config)
+    platt, told = {}, []
+    for name, validation in found.validations.items():
+        fitted = validation.calibrate("platt", rule)
+        platt[name] = np.array([fitted.slope, fitted.shift], np.float32)
+        told.append(systems.calibrated(validation.scores, platt[name]))
     workdir = os.path.join(run.workdir, "stack")
     os.makedirs(workdir, exist_ok=True)
-    top = _cross_fit(run_lib.Run(config, workdir, task))
-    history = fit(top)
-    variables, best, _ = run_lib.chosen_params(workdir, top.system.like)
-    _save_once(run, best, {"members": found.variables, "stack": variables}, history)
-    out_of_fold = dataclasses.replace(
-        top.out_of_fold, seconds=top.out_of_fold.seconds + found.seconds
+    inputs = systems.scored(task.inputs, told)
+    top = run_lib.Run(config, workdir, task_lib.with_inputs(config, task, inputs))
+    like, out_of_fold = top.system.like, _cross_fit(top).out_of_fold
+    tops = {
+        str(k): run_lib.chosen_params(_fold(workdir, k), like)[0]
+        for k in range(1, config.train.crossfit + 1)
+    }
+    scores = run_lib.counted(out_of_fold.scores, task.validation)
+    score, rule = evaluate.selection_score(
+        dataclasses.replace(validation, scores=scores), rule
     )
-    path = run_lib.out_of_fold_path(run.workdir)
-    files.write_array(path, out_of_fold.scores)
-    return run_lib.Run(config, run.workdir, run.task, out_of_fold)
+    selection = {"rule": rule, "score": score}
+    history = [{"epoch": 1, "selection": selection, "seconds": 0.0}]
+    variables = {"members": found.variables, "calibration": platt, "stack": tops}
+    _save_once(run, 1, variables, history)
+    files.write_array(run_lib.out_of_fold_path(run.workdir), out_of_fold.scores)
+    seconds = out_of_fold.seconds + found.seconds
+    out_of_fold = run_lib.OutOfFold(out_of_fold.scores, [score], rule, seconds)
+    return run_lib.Run(run.config, run.workdir, run.task, out_of_fold)
+
+
+def _rule(config) -> str:
+    """The protocol by which what is made of other models is chosen."""
+    rule = config.train.selection
+    return "corrected_val" if rule == "last" else rule
 
 
 def _save_once(

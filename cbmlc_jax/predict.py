@@ -136,7 +136,7 @@ def reliability(workdir: str, protocol: str, target: str | None) -> None:
         raise run_lib.RunError(f"{workdir} has no finished run: let it finish")
     found = validation.read(workdir)
     protocol = rules.protocol_of(protocol, rows[-1])
-    rates = rules.rates_of(found, protocol)
+    rates = found.rates_for(protocol)
     names = _inputs(workdir)["label_names"]
     table = calibration.table(found.scores, found.labels, rates, names)
     print(calibration.report(table, rates), end="")

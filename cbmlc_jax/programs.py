@@ -139,17 +139,25 @@ def _mixture(system: systems.Mixture, params, meta: models.Meta) -> Program:
 
 def _stack(system: systems.Stack, params, meta: models.Meta) -> Program:
     """`Stack.scores`."""
-    top = _neural(system.top, params["stack"])
-    weights, parts = _under("stack", top.weights), []
+    tops = {f"stack/{k}": _neural(system.top, v) for k, v in params["stack"].items()}
+    weights, parts = {}, []
+    for name, top in tops.items():
+        weights |= _under(name, top.weights)
     for name, member in system.members.items():
         program = of(name, member, params["members"][name], meta)
         weights |= _under(name, program.weights)
-        parts.append((name, lowered(program, meta.inputs).call))
+        platt = [float(x) for x in params["calibration"][name]]
+        parts.append((name, lowered(program, meta.inputs).call, *platt))
 
     def score(weights, batch):
-        told = [called(_inside(name, weights), batch) for name, called in parts]
+        told = []
+        for name, called, slope, shift in parts:
+            s = jnp.clip(called(_inside(name, weights), batch), 1e-7, 1 - 1e-7)
+            z = jnp.log(s) - jnp.log1p(-s)  # decision.logit
+            told.append(jax.nn.sigmoid(slope * z + shift))
         scores = {"scores": jnp.stack(told, axis=-1)}
-        return top.score(_inside("stack", weights), scores)
+        each = [top.score(_inside(name, weights), scores) for name, top in tops.items()]
+        return sum(each) / len(each)
 
     return Program(weights, score)
 

@@ -157,8 +157,11 @@ def _on_test(row: dict, test_scores: np.ndarray, task: Task) -> list[str]:
             )
             + ("   (looks at the test labels)" if protocol == "oracle" else "")
         )
-    for protocol, values in row.get("per_label_metrics", {}).items():
-        lines.append(f"  {protocol}, per label: {_f1s(values)}")
+    expected = row["expected_f1_metrics"][row["selection"]["thresholds"]]
+    lines += [
+        f"  by the expected F1 of {of:<8} {_f1s(expected[key])}"
+        for of, key in (("a row:", "per_row"), ("a label:", "per_label"))
+    ]
     if "decoded_metrics" in row:
         lines.append(f"  the model's own rule: {_f1s(row['decoded_metrics'])}")
     return [

@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 from jaxtyping import Float, Int
 
-from cbmlc_jax import calibration, thresholds
+from cbmlc_jax import thresholds
 from cbmlc_jax.decision import Decision
 from cbmlc_jax.evaluate import Validation
 from cbmlc_jax.thresholds import Rates
@@ -24,7 +24,7 @@ class RuleError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """How labels are chosen from scores.  One of `threshold`, `per_label`,
+    """How labels are chosen from scores.  One of `threshold`, `per_label`, `per_row`,
     `precision`, or none of them: the run's threshold for `metric`.
 
     Attributes:
@@ -32,7 +32,9 @@ class Rule:
             also oracle and clean_val.
         metric: the F1 that the run's threshold is best for.
         threshold: a number.
-        per_label: a threshold for each label, see `thresholds.choose_per_label`.
+        per_label: a threshold for each label, see `thresholds.expected_per_label`.
+        per_row: those of the best expected F1, see `decision.expected_per_row`; the
+            probabilities that it is expected by are written, too.
         precision: see `at_precision`.
         min_labels, max_labels: of a row, see `Decision`; both k: the k best.
         calibrate: none, or one of `calibration.KINDS`, for the scores that are written.
@@ -44,6 +46,7 @@ class Rule:
     metric: str = "miF1"
     threshold: float | None = None
     per_label: bool = False
+    per_row: bool = False
     precision: float | None = None
     min_labels: int = 0
     max_labels: int | None = None
@@ -52,14 +55,14 @@ class Rule:
     @property
     def reads_validation(self) -> bool:
         """Whether the result row is not enough."""
-        chosen = self.per_label or self.precision is not None
+        chosen = self.per_label or self.per_row or self.precision is not None
         return chosen or self.calibrate != "none"
 
     def check(self) -> None:
         """Raises RuleError where the fields contradict each other."""
         stated = [
             name
-            for name in ("threshold", "per_label", "precision")
+            for name in ("threshold", "per_label", "per_row", "precision")
             if getattr(self, name) not in (None, False)
         ]
         if len(stated) > 1:
@@ -105,19 +108,21 @@ def choose(rule: Rule, row: dict | None, validation: Validation | None) -> Decis
             "give --threshold"
         )
     protocol = protocol_of(rule.protocol, row)
-    threshold, chosen = _threshold(rule, protocol, row, validation)
+    if rule.per_row:
+        kind = rule.calibrate if calibrate else "isotonic"
+        threshold, chosen = None, {"rule": "per_row", "protocol": protocol}
+    else:
+        kind = rule.calibrate
+        threshold, chosen = _threshold(rule, protocol, row, validation)
     found = None
-    if calibrate:
-        rates = rates_of(validation, protocol)
-        found = calibration.fit(
-            rule.calibrate, validation.scores, validation.labels, rates
-        )
-        chosen |= {"calibration": rule.calibrate, "calibrated_by": protocol}
+    if kind != "none":
+        found = validation.calibrate(kind, protocol)
+        chosen |= {"calibration": kind, "calibrated_by": protocol}
     return Decision(
         threshold,
         **limits,
         calibration=found,
-        of_calibrated=calibrate and rule.threshold is not None,
+        of_calibrated=rule.per_row or (calibrate and rule.threshold is not None),
         chosen=chosen,
     )
 
@@ -133,18 +138,12 @@ def _threshold(rule: Rule, protocol: str, row: dict, validation: Validation | No
         threshold, found = at_precision(
             validation.scores,
             validation.labels,
-            rates_of(validation, protocol),
+            validation.rates_for(protocol),
             rule.precision,
         )
         return threshold, {"rule": "precision", "protocol": protocol} | found
     chosen = {"rule": "global", "protocol": protocol, "metric": rule.metric}
     return row["thresholds"][protocol][rule.metric], chosen
-
-
-def rates_of(validation: Validation, protocol: str) -> Rates:
-    """Noise rates of the validation labels by a protocol; 0: taken as they are."""
-    correct = protocol == "corrected_val" and not validation.labels_are_clean
-    return validation.rates if correct else Rates(0.0, 0.0)
 
 
 def protocol_of(protocol: str, row: dict) -> str:

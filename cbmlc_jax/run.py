@@ -196,8 +196,7 @@ class Run:
             validation,
             scores,
             test.labels,
-            per_label=self.config.eval.per_label_thresholds,
-            decoded=decoded,
+            decoded,
         )
         return parts, warnings, scores
 
@@ -206,10 +205,10 @@ class Run:
         task, records = self.task, []
         if scores is not None:
             records.append(details.predictions(scores, task.test.labels, chosen))
-        neural = params.get("stack", params)
-        decoder = neural.get("params", {}).get("decoder", {})
-        if "label_embeddings" in decoder:
-            vectors = np.asarray(decoder["label_embeddings"])
+        neural = list(params["stack"].values()) if "stack" in params else [params]
+        decoders = [v.get("params", {}).get("decoder", {}) for v in neural]
+        if "label_embeddings" in decoders[0]:
+            vectors = np.mean([d["label_embeddings"] for d in decoders], axis=0)
             names = task.dataset.label_names
             records.append(
                 details.label_embeddings(vectors, names, task.train.labels >= 0.5)

@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, PyTree
 from cbmlc_jax import backbones, mixture, models, rngs
 from cbmlc_jax import config as config_lib
 from cbmlc_jax.data import pipeline
+from cbmlc_jax.decision import Calibration
 from cbmlc_jax.models import baselines, neighbours
 from cbmlc_jax.parallel import Devices
 
@@ -260,9 +261,14 @@ class Mixture:
 
 
 class Stack:
-    """A neural model that reads the scores of other systems, `models.stack`.
+    """Neural models that read the scores of other systems, `models.stack`.
 
-    Its variables are {"members": {name: variables}, "stack": variables}.
+    The members' scores are made probabilities of the clean label first (`calibrated`):
+    one that was trained on noisy labels as they are says the noisy one's.  The score is
+    the mean of the models that learnt from all folds but one.
+
+    Its variables are {"members": {name: variables}, "calibration": {name: [slope,
+    shift]}, "stack": {fold: variables}}.
 
     Args:
         config: validated.
@@ -285,10 +291,14 @@ class Stack:
     def scores(self, variables: PyTree, inputs: pipeline.Inputs) -> Scores:
         """float32 [N, L], in the order of `inputs`."""
         told = [
-            member.scores(variables["members"][name], inputs)
+            calibrated(
+                member.scores(variables["members"][name], inputs),
+                variables["calibration"][name],
+            )
             for name, member in self.members.items()
         ]
-        return self.top.scores(variables["stack"], scored(inputs, told))
+        inputs, tops = scored(inputs, told), variables["stack"].values()
+        return np.mean([self.top.scores(top, inputs) for top in tops], axis=0)
 
     def predict(
         self, variables: PyTree, inputs: pipeline.Inputs
@@ -303,6 +313,12 @@ def _members(config, meta, widths, graph) -> dict[str, System]:
         name: create(config_lib.member(config, name), meta, widths, graph)
         for name in config_lib.members(config)
     }
+
+
+def calibrated(scores: Scores, platt: Float[np.ndarray, " 2"]) -> Scores:
+    """float32 sigmoid(slope logit(score) + shift) of platt = [slope, shift]."""
+    slope, shift = map(float, platt)
+    return Calibration("platt", slope, shift).apply(scores).astype(np.float32)
 
 
 def scored(inputs: pipeline.Inputs, told: list[Scores]) -> pipeline.Scored:

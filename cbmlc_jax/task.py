@@ -206,19 +206,16 @@ def fold(config, task: Task, held_out: np.ndarray) -> Task:
     return _again(config, task, task.inputs, task.test, others, held_out)
 
 
-def with_inputs(
-    config, task: Task, inputs: pipeline.Inputs, test: pipeline.Inputs
-) -> Task:
-    """A task of cross-fitting whose rows are described otherwise.
+def with_inputs(config, task: Task, inputs: pipeline.Inputs) -> Task:
+    """A task of cross-fitting whose training rows are described otherwise.
 
     Args:
         config: validated.
-        task: the same rows and labels.
-        inputs, test: of all official training rows, and of the test rows.
+        task: the same rows and labels; its test rows stay as they are, for nobody.
+        inputs: of all official training rows.
     """
     everything = np.arange(len(task.noisy))
-    test = dataclasses.replace(task.test, inputs=test)
-    return _again(config, task, inputs, test, everything, everything)
+    return _again(config, task, inputs, task.test, everything, everything)
 
 
 def _again(config, task, inputs, test, train_rows, validation_rows) -> Task:

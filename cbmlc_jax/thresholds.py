@@ -26,6 +26,8 @@ GRID = np.round(np.concatenate([np.arange(1, 11) / 100, np.arange(3, 20) / 20]),
 FINE_GRID = np.round(np.arange(2, 80) / 100, 2)
 # Below this share of surviving information the correction only amplifies noise.
 LEAST_INFORMATION = 0.05
+# A label whose best F1 is near 0 would be said of every row, if an F1 decided alone.
+LEAST_PROBABILITY = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,48 +220,45 @@ def choose(
     return {name: float(grid[np.argmax(curve)]) for name, curve in curves.items()}
 
 
-def choose_per_label(
+def expected_per_label(
     scores: Float[np.ndarray, "rows labels"],
-    labels: Int[np.ndarray, "rows labels"],
-    prior: Float[np.ndarray, " labels"],
-    rates: Rates,
-    *,
-    pseudo_positives: float = 10.0,
-    grid: np.ndarray = GRID,
+    probabilities: Float[np.ndarray, "rows labels"],
 ) -> Float[np.ndarray, " labels"]:
-    """A threshold for each label, drawn towards the global one where data are few.
+    """A threshold for each label: that of the best F1 that is to be expected.
 
-    Label l takes the t that maximises, with a = `pseudo_positives` and (TP, pred) the
-    counts pooled over labels per positive,
+    With p_(1), p_(2), ... the probabilities of a label's rows in falling order of their
+    scores, it lies half-way between the scores of rows k and k + 1, k of the largest
 
-        2 (TP_l(t) + a TP(t)) / (pred_l(t) + P_l + a (pred(t) + 1))
+        2 sum_{j <= k} p_(j) / (k + sum_i p_i)
 
-    so that a rare label stays near the threshold of the best miF1, and a label without
-    positives leaves it only upwards, to predict less.
+    of those with p_(k) >= LEAST_PROBABILITY; without any, k = 1.  Probabilities in the
+    place of labels: a label with five positives among the validation rows, or whose
+    positives were turned off, has a threshold as good as the model's probabilities.
+    Ties go to the higher threshold, to say less; where all rows are to have the label,
+    it is the least score.
 
     Args:
-        scores, labels, prior, rates: as `corrected_curves`; rates of 0 for labels
-            that are to be taken as they are.
-        pseudo_positives: weight of the pooled counts, in positives.
-        grid: [T], ascending.
+        scores: [N, L] on validation rows.
+        probabilities: [N, L] that each label holds, rising with its score.
 
     Returns:
-        [L] thresholds.
+        float64 [L] thresholds.
 
-    Raises:
-        ValueError: the rates leave no information.
+    References:
+        Lipton, Elkan and Narayanaswamy 2014, Optimal thresholding of classifiers to
+        maximize F1 measure (the best threshold is half of the best F1).
     """
-    c = _corrected(scores, labels, prior, rates, grid)
-    hits = np.clip(c.hits, 0, c.predicted)
-    everything = max(c.positives.sum(), 1e-12)
-    pooled_hits = c.hits.sum(1, keepdims=True) / everything
-    pooled_predicted = c.predicted.sum(1, keepdims=True) / everything
-    a = pseudo_positives
-    curve = _ratio(
-        hits + a * pooled_hits,
-        c.predicted + c.positives + a * (pooled_predicted + 1),
-    )
-    return grid[np.argmax(curve, axis=0)]
+    chosen = np.empty(scores.shape[1])
+    said = np.arange(1, len(scores) + 1)
+    for label, (score, p) in enumerate(zip(scores.T, probabilities.T, strict=True)):
+        order = np.argsort(-score, kind="stable")
+        score, p = score[order].astype(np.float64), p[order]
+        value = _ratio(p.cumsum(), said + p.sum())
+        value[1:][p[1:] < LEAST_PROBABILITY] = -1
+        value[:-1][score[:-1] == score[1:]] = -1  # rows of one score go together
+        k = np.argmax(value)
+        chosen[label] = score[k : k + 2].mean()
+    return chosen
 
 
 def apply(

@@ -72,7 +72,6 @@ GRIDS = {
                     "train.crossfit": 5,
                     "noise.known": False,
                     "noise.by_row": True,
-                    "eval.per_label_thresholds": True,
                 }
                 for name in ("stack", "kernel_ridge", "lr_knn")
             ],

@@ -24,8 +24,6 @@ FIELDS = ("dataset", "fingerprint", "model", "config", "seed", "noise", "metrics
 FIELDS += ("thresholds", "ranking", "selection", "epoch", "params", "seconds")
 FIELDS += ("versions", "command")
 HONEST, ORACLE = "corrected_val", "oracle"
-# Keys that add to a row and change nothing else in it.
-ADDS = ("eval.per_label_thresholds",)
 
 
 class RecordError(ValueError):
@@ -170,7 +168,7 @@ def _take(text: str, place: str, rows: dict, by_digest: dict) -> None:
 
 
 def _key(row: dict, seeds: bool) -> tuple:
-    left_out = ADDS if seeds else (*ADDS, *SEED_KEYS)
+    left_out = config_lib.RETIRED if seeds else (*config_lib.RETIRED, *SEED_KEYS)
     delta = sorted((k, v) for k, v in row["config"].items() if k not in left_out)
     noise = (row["noise"]["kind"], row["noise"]["rate"])
     return (row["dataset"], row["fingerprint"], row["model"], *noise, str(delta))
@@ -184,7 +182,7 @@ def variant(group: Group, alike: list[Group]) -> str:
     differing = sorted(
         k
         for k in mine
-        if k not in (*SEED_KEYS, *ADDS, "preset")
+        if k not in (*SEED_KEYS, *config_lib.RETIRED, "preset")
         and any(d.get(k) != mine[k] for d in deltas)
     )
     words = [str(mine["preset"])] if mine.get("preset") else []

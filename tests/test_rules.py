@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -11,7 +12,7 @@ import running
 
 from cbmlc_jax import evaluate, fit, predict, rules, thresholds, validation
 from cbmlc_jax import run as run_lib
-from cbmlc_jax.decision import Decision
+from cbmlc_jax.decision import Calibration, Decision, expected_per_row
 from cbmlc_jax.rules import Rule, RuleError
 from cbmlc_jax.thresholds import Rates
 
@@ -19,13 +20,7 @@ from cbmlc_jax.thresholds import Rates
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     workdir = str(tmp_path_factory.mktemp("rules") / "run")
-    config = running.tiny_config(
-        **{
-            "train.num_epochs": 2,
-            "noise.kind": "ncar",
-            "eval.per_label_thresholds": True,
-        }
-    )
+    config = running.tiny_config(**{"train.num_epochs": 2, "noise.kind": "ncar"})
     return workdir, fit.train_and_evaluate(config, workdir, "test")
 
 
@@ -38,6 +33,7 @@ def noisy_scores(rates: Rates, rows=4000, seed=0):
     return scores, clean, clean ^ flip
 
 
+SAME = Calibration("platt")
 SCORES = np.array([[0.9, 0.2, 0.6, 0.6], [0.1, 0.2, 0.3, 0.2]], np.float32)
 
 
@@ -53,6 +49,13 @@ SCORES = np.array([[0.9, 0.2, 0.6, 0.6], [0.1, 0.2, 0.3, 0.2]], np.float32)
         # Those that reach their threshold stand before those that do not.
         (Decision(np.array([1.0, 0.1, 1.0, 0.6]), max_labels=1), [[3], [1]]),
         (Decision(np.array([1.0, 0.1, 1.0, 1.0]), min_labels=2), [[0, 1], [1, 2]]),
+        # .9 / (1 + 2.3) < (.9 + .6) / (2 + 2.3) < (.9 + .6 + .6) / (3 + 2.3), which is
+        # more than 2.3 / (4 + 2.3).
+        (Decision(None, calibration=SAME, of_calibrated=True), [[0, 2, 3], [1, 2, 3]]),
+        (
+            Decision(None, max_labels=2, calibration=SAME, of_calibrated=True),
+            [[0, 2], [1, 2]],
+        ),
     ],
 )
 def test_a_decision_says(decision, said):
@@ -71,11 +74,54 @@ def test_a_decision_says(decision, said):
         ({"threshold": float("nan")}, "not finite"),
         ({"max_labels": 1.5}, "whole"),
         ({"other": 1}, "fields"),
+        ({"threshold": None}, "neither a threshold nor"),
+        ({"threshold": None, "of_calibrated": True}, "neither a threshold nor"),
     ],
 )
 def test_a_damaged_decision_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         Decision.from_json(Decision(0.5).to_json() | change, 4)
+
+
+def test_the_labels_of_a_row_have_the_best_expected_f1():
+    """Against all sets of labels; ties in p go together with the better score."""
+    rng = np.random.default_rng(0)
+    p = rng.beta(0.4, 1.0, (40, 7)).round(2)
+    p[0] = 0
+    found = expected_per_row(p, p)
+    assert found[0].tolist() == [True] + 6 * [False]
+
+    def value(row, said):
+        return 2 * row[said].sum() / (said.sum() + row.sum())
+
+    sets = [np.array(s, bool) for s in itertools.product([0, 1], repeat=7) if any(s)]
+    for row, said in zip(p[1:], found[1:], strict=True):
+        assert value(row, said) == pytest.approx(max(value(row, s) for s in sets))
+
+
+def test_ignored_entries_are_not_said():
+    scores = np.array([[0.9, 0.0, 0.0]], np.float32)
+    likely = Calibration("isotonic", knots=((0.0, 0.8), (1.0, 1.0)))
+    found = Decision(None, calibration=likely, of_calibrated=True).apply(scores)
+    assert found.tolist() == [[True, False, False]]
+
+
+def test_expected_f1_beats_one_threshold_at_its_own_metric():
+    """Scores that are true probabilities, raised to a power: calibration finds them."""
+    rates = Rates(0.02, 0.3)
+    p, clean, noisy = noisy_scores(rates)
+    test, labels, _ = noisy_scores(rates, seed=1)
+    found = evaluate.Validation(np.sqrt(p), noisy, clean, noisy.mean(0), rates)
+    parts, warnings = evaluate.protocols(found, np.sqrt(test), labels)
+    one = parts["metrics"]["corrected_val"]
+    expected = parts["expected_f1_metrics"]["corrected_val"]
+    assert not warnings
+    assert expected["per_row"]["ebF1"] > one["ebF1"] + 0.005
+    assert expected["per_label"]["miF1"] > one["miF1"] - 0.01
+    corrected = found.calibrate("isotonic", "corrected_val").apply(np.sqrt(test))
+    assert np.abs(corrected - test).mean() < 0.01
+    taken = found.calibrate("isotonic", "noisy_val").apply(np.sqrt(test))
+    assert np.abs(taken - test).mean() > 0.03
 
 
 def test_the_run_keeps_what_its_thresholds_were_chosen_on(trained):
@@ -93,6 +139,11 @@ def test_the_run_keeps_what_its_thresholds_were_chosen_on(trained):
     per_label = predict.choose(workdir, Rule(per_label=True))
     np.testing.assert_array_equal(per_label.threshold, fresh.per_label("corrected_val"))
     assert len(set(per_label.threshold)) > 1
+    per_row = predict.choose(workdir, Rule(per_row=True))
+    assert per_row.calibration == fresh.calibrate("isotonic", "corrected_val")
+    assert per_row.apply(fresh.scores).sum(1).min() == 1
+    platt = predict.choose(workdir, Rule(per_row=True, calibrate="platt"))
+    assert platt.calibration.kind == "platt" and platt.threshold is None
 
 
 def test_cross_fitted_scores_are_kept_once(tmp_path):
@@ -158,6 +209,8 @@ def test_rules_that_contradict_themselves(trained):
     for rule, message in (
         (Rule(threshold=0.1, per_label=True), "--threshold and --per_label"),
         (Rule(per_label=True, precision=0.1), "--per_label and --precision"),
+        (Rule(per_label=True, per_row=True), "--per_label and --per_row"),
+        (Rule(per_row=True, protocol="clean_val"), "--per_row is chosen on"),
         (Rule(min_labels=3, max_labels=2), "--min_labels=3"),
         (Rule(precision=0.1, protocol="oracle"), "--protocol=corrected_val"),
     ):

@@ -221,11 +221,17 @@ def test_a_stack_is_exported_with_its_members():
     meta = models.Meta(size, vectors.astype(np.float32), counts, 3, of_rows)
     system = systems.create(config, meta, [64], None)
     members = {n: trained(n, system.members[n], inputs, labels, rng) for n in names}
-    top = jax.tree.map(  # nothing at its start, where the graph says nothing
-        lambda x: np.asarray(x) + rng.normal(size=x.shape).astype(np.float32) / 9,
-        system.top.init(),
-    )
-    params = {"members": members, "stack": top}
+    start = system.top.init()
+    tops = {
+        k: jax.tree.map(  # nothing at its start, where the graph says nothing
+            lambda x: np.asarray(x) + rng.normal(size=x.shape).astype(np.float32) / 9,
+            start,
+        )
+        for k in ("1", "2")
+    }
+    platt = np.array([[1.5, 0.4], [0.8, -0.2]], np.float32)
+    platt = dict(zip(names, platt, strict=True))
+    params = {"members": members, "calibration": platt, "stack": tops}
     predictor = types.SimpleNamespace(
         config=config, meta=meta, kind="weighted", system=system, params=params
     )

@@ -12,6 +12,7 @@ from cbmlc_jax import config as config_lib
 from cbmlc_jax import evaluate, fit, losses, models, predict, systems
 from cbmlc_jax import run as run_lib
 from cbmlc_jax.data import pipeline
+from cbmlc_jax.decision import logit
 from cbmlc_jax.models.stack import scores_to_logits
 
 STACK = {
@@ -156,15 +157,24 @@ def test_a_stack_goes_from_config_to_prediction(tmp_path, capsys, monkeypatch):
     assert row["embeddings"]["source"] == "dataset"
     assert "label_embeddings" in row["details"]
     params, best, history = run_lib.chosen_params(workdir, None)
-    assert best == row["epoch"] and len(history) == best
+    assert best == row["epoch"] == 1
+    assert [line["selection"] for line in history] == [
+        {key: row["selection"][key] for key in ("rule", "score")}
+    ]
     some = run.task.test.inputs.take(np.arange(9))
     scores = predict.Predictor(workdir).scores(some)
-    members = [
-        member.scores(params["members"][name], some)
-        for name, member in run.system.members.items()
+    members = []
+    for name, member in run.system.members.items():
+        slope, shift = params["calibration"][name]
+        logits = logit(member.scores(params["members"][name], some))
+        members.append(jax.nn.sigmoid(slope * logits + shift))
+    model, inputs = models.create_model(config, run.task.meta), np.stack(members, -1)
+    assert list(params["stack"]) == ["1", "2"]
+    by_hand = [
+        jax.nn.sigmoid(model.apply(top, {"scores": inputs}).logits)
+        for top in params["stack"].values()
     ]
-    model = models.create_model(config, run.task.meta)
-    by_hand = model.apply(params["stack"], {"scores": np.stack(members, -1)}).logits
-    np.testing.assert_allclose(scores, jax.nn.sigmoid(by_hand), rtol=1e-4, atol=1e-6)
+    assert np.abs(by_hand[0] - by_hand[1]).max() > 1e-3
+    np.testing.assert_allclose(scores, np.mean(by_hand, 0), rtol=1e-4, atol=1e-6)
     run_lib.evaluate_checkpoint(workdir, None, "test")
     assert "exactly" in capsys.readouterr().out

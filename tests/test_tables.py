@@ -193,7 +193,8 @@ def estimated(model: str, noise: str, seed: int, score: float, each=None) -> dic
     row = rows.make(model, noise=noise, seed=seed, score=score, noise__known=False)
     row["rates"] = {"source": "estimated", "r0": 0.01, "r1": 0.2, "doubt": ""}
     if each is not None:
-        row["per_label_metrics"] = {"corrected_val": {"maF1": each}}
+        found = {"per_row": {"ebF1": each + 0.1}, "per_label": {"maF1": each}}
+        row["expected_f1_metrics"] = {"corrected_val": found}
     return row
 
 
@@ -207,7 +208,7 @@ def test_noise_rates_are_told_apart_and_stand_in_order(tmp_path):
 
 
 def test_runs_with_estimated_rates_have_a_table(tmp_path):
-    added = {"eval.per_label_thresholds": True}  # no other group for it
+    added = {"eval.per_label_thresholds": True}  # of 0.2: no other group for it
     first = estimated("stack", "combined", 0, 0.5, 0.3)
     found = rows.read(
         tmp_path,
@@ -226,15 +227,16 @@ def test_runs_with_estimated_rates_have_a_table(tmp_path):
     ]
     stack = lines[1]
     assert stack[3] == ""
-    assert stack[4:9] == [
+    assert stack[4:10] == [
         "2",
         ".450 ± .071",
         ".550 ± .071",
         ".275 ± .035",
+        ".450 ± .071",
         ".350 ± .071",
     ]
-    assert stack[10].split("\n") == ["+.150 (no bootstrap)", "vs lr_knn"]
-    assert lines[2][8] == "" and lines[0][9] == "no other"
+    assert stack[11].split("\n") == ["+.150 (no bootstrap)", "vs lr_knn"]
+    assert lines[2][8:10] == ["", ""] and lines[0][10] == "no other"
 
 
 def test_published_numbers_are_whole():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -311,13 +309,11 @@ def test_rates_without_information(r0, r1, usable):
     assert rates.usable == usable
     assert rates.information == pytest.approx(1 - r0 - r1)
     scores, noisy, prior = example()
-    calls = (thresholds.corrected_curves, thresholds.choose_per_label)
-    for call in calls:
-        if usable:
-            call(scores, noisy, prior, rates)
-        else:
-            with pytest.raises(ValueError, match=f"{r0:.3f}.*{r1:.3f}.*information"):
-                call(scores, noisy, prior, rates)
+    if usable:
+        thresholds.corrected_curves(scores, noisy, prior, rates)
+    else:
+        with pytest.raises(ValueError, match=f"{r0:.3f}.*{r1:.3f}.*information"):
+            thresholds.corrected_curves(scores, noisy, prior, rates)
 
 
 def test_choose_takes_the_best_threshold_of_each_curve():
@@ -336,96 +332,81 @@ def test_choose_breaks_ties_towards_the_lower_threshold():
     assert thresholds.choose({"miF1": np.zeros(27)}) == {"miF1": 0.01}
 
 
-def naive_per_label(scores, noisy, prior, r0, r1, a) -> list[float]:
-    """argmax_t 2 (TP_l + a TP) / (pred_l + P_l + a (pred + 1)), by loops."""
-    n, columns = scores.shape
-    information = 1 - r0 - r1
-    positives = [
-        n * min(max((prior[l] - r0) / information, 0.0), 1.0) for l in range(columns)
-    ]
+def naive_expected_per_label(scores, probabilities) -> list[float]:
+    """The formula, one threshold after the other, the highest first."""
     chosen = []
-    for l in range(columns):
-        best, best_t = -math.inf, None
-        for t in GRID:
-            hits, pred = [0.0] * columns, [0] * columns
-            for i in range(n):
-                for k in range(columns):
-                    if scores[i, k] >= t:
-                        hits[k] += (noisy[i, k] - r0) / information
-                        pred[k] += 1
-            own = min(max(hits[l], 0), pred[l])
-            pooled_hits = sum(hits) / sum(positives)
-            pooled_pred = sum(pred) / sum(positives)
-            top = 2 * (own + a * pooled_hits)
-            bottom = pred[l] + positives[l] + a * (pooled_pred + 1)
-            value = top / bottom if bottom else 0.0
-            if value > best + 1e-12:
-                best, best_t = value, t
-        chosen.append(best_t)
+    for s, p in zip(scores.T, probabilities.T, strict=True):
+        best, values = -1.0, sorted({float(x) for x in s}, reverse=True)
+        for t, after in zip(values, [*values[1:], values[-1]], strict=True):
+            said = s >= t
+            f1 = 2 * float(p[said].sum()) / (said.sum() + p.sum())
+            if f1 > best + 1e-12 and (t == values[0] or p[said].min() >= 0.05):
+                best, threshold = f1, (t + after) / 2
+        chosen.append(threshold)
     return chosen
 
 
-@pytest.mark.parametrize("a", [0.0, 1.0, 10.0, 100.0])
-@pytest.mark.parametrize("r0, r1", [(0.0, 0.0), (0.05, 0.3), (0.1, 0.6)])
-def test_per_label_thresholds_equal_the_formula(r0, r1, a):
-    scores, noisy, prior = example(24, 5)
-    got = thresholds.choose_per_label(
-        scores, noisy, prior, Rates(r0, r1), pseudo_positives=a
-    )
-    assert got.tolist() == naive_per_label(scores, noisy, prior, r0, r1, a)
+@pytest.mark.parametrize("power", [1, 3])
+def test_expected_thresholds_equal_the_formula(power):
+    scores, _, _ = example(60, 7)
+    scores[:20, 3] = 0.4  # ties
+    scores[:, 6] = 0.4
+    p = scores**power
+    got = thresholds.expected_per_label(scores, p)
+    assert got.tolist() == pytest.approx(naive_expected_per_label(scores, p))
+    assert got[6] == 0.4
 
 
-def test_pooled_hits_are_not_clipped_in_a_labels_threshold():
-    """miF1 of the correction is not, and a huge pseudo-count must give its choice."""
-    scores, noisy, prior = example(60, 20)
-    rates = Rates(0.15, 0.6)
-    c = (noisy - 0.15) / 0.25
-    for t in (0.2, 0.5):  # some labels are to be clipped, on either side
-        hits = np.where(scores >= t, c, 0).sum(0)
-        assert (hits < 0).any() and (hits > (scores >= t).sum(0)).any()
-    got = thresholds.choose_per_label(scores, noisy, prior, rates, pseudo_positives=1e9)
-    curves = thresholds.corrected_curves(scores, noisy, prior, rates)
-    assert got.tolist() == [thresholds.choose(curves)["miF1"]] * 20
-    a = 3.0
-    got = thresholds.choose_per_label(scores, noisy, prior, rates, pseudo_positives=a)
-    assert got.tolist() == naive_per_label(scores, noisy, prior, 0.15, 0.6, a)
+@pytest.mark.parametrize("p", [0.0, 0.001, 0.04])
+def test_a_label_without_probability_is_said_of_the_best_row_at_most(p):
+    """Its expected F1 is the better the more rows are said: 2 p at best."""
+    scores = rngs.generator(0, "scores").random((60, 1))
+    [got] = thresholds.expected_per_label(scores, np.full((60, 1), p))
+    assert (scores >= got).sum() == 1
 
 
-def test_per_label_default_is_ten_pseudo_positives():
-    scores, noisy, prior = example(200, 12)
-    default, ten, two = (
-        thresholds.choose_per_label(scores, noisy, prior, CLEAN, **options)
-        for options in ({}, {"pseudo_positives": 10.0}, {"pseudo_positives": 2.0})
-    )
-    np.testing.assert_array_equal(default, ten)
-    assert (default != two).any()
+def test_the_best_threshold_is_half_of_the_best_f1():
+    """Lipton et al. 2014: said where p >= F1 / 2, and nowhere else."""
+    p = rngs.generator(0, "p").beta(0.3, 2.0, (500, 8))
+    scores = np.sqrt(p)
+    got = thresholds.expected_per_label(scores, p)
+    said = scores >= got
+    f1 = 2 * (p * said).sum(0) / (said.sum(0) + p.sum(0))
+    np.testing.assert_array_equal(said, p >= f1 / 2)
 
 
-def test_without_shrinkage_each_label_gets_its_own_best_f1():
+def test_with_labels_for_probabilities_each_label_gets_its_own_best_f1():
     scores, labels, _ = example(200, 6)
-    got = thresholds.choose_per_label(
-        scores, labels, labels.mean(0), CLEAN, pseudo_positives=0.0
-    )
+    got = thresholds.expected_per_label(scores, labels.astype(float))
+    grid = np.unique(scores)
     for l in (0, 2, 3, 4, 5):
-        own = thresholds.f1_curves(scores[:, [l]], labels[:, [l]])
-        assert got[l] == thresholds.choose(own)["miF1"]
-    assert len(set(got)) > 2
+        own = thresholds.f1_curves(scores[:, [l]], labels[:, [l]], grid)["miF1"]
+        reached = metrics.count(thresholds.apply(scores, got)[:, [l]], labels[:, [l]])
+        assert metrics.f1_scores(reached)["miF1"] == pytest.approx(own.max())
 
 
-@pytest.mark.parametrize("rates", [CLEAN, Rates(0.03, 0.2)])
-def test_a_huge_pseudo_count_gives_every_label_the_global_threshold(rates):
-    scores, noisy, prior = example(200, 6)
-    got = thresholds.choose_per_label(scores, noisy, prior, rates, pseudo_positives=1e9)
-    curves = thresholds.corrected_curves(scores, noisy, prior, rates)
-    assert got.tolist() == [thresholds.choose(curves)["miF1"]] * 6
+def test_expected_thresholds_are_better_for_rare_labels_under_noise():
+    """60 labels of 3 to 40 positives, half of which are turned off: on new rows
+    above one threshold for all, and above thresholds from each label's own count."""
+    r1, random = 0.5, np.random.default_rng(0)
+    base = np.linspace(-6.5, -3.5, 60)
 
+    def rows(n):
+        logit = 1.5 * random.standard_normal((n, 60)) + base
+        p = 1 / (1 + np.exp(-logit))
+        clean = (random.random(p.shape) < p).astype(np.uint8)
+        return p, clean, clean * (random.random(p.shape) >= r1).astype(np.uint8)
 
-@pytest.mark.parametrize("predicted", [False, True])
-def test_a_label_without_positives_leaves_the_global_threshold_only_upwards(predicted):
-    """Its predictions are all wrong: where it has any, a higher threshold is better."""
-    scores, labels, _ = example(200, 6)
-    labels[:, 1] = 0
-    scores[:, 1] = np.linspace(0.0, 0.95, 200) if predicted else 0.0
-    got = thresholds.choose_per_label(scores, labels, labels.mean(0), CLEAN)
-    best = thresholds.choose(thresholds.f1_curves(scores, labels))["miF1"]
-    assert got[1] > best if predicted else got[1] == best
+    p, _, noisy = rows(1500)
+    test, labels, _ = rows(20000)
+    rates = Rates(0.0, r1)
+    curves = thresholds.corrected_curves(p, noisy, noisy.mean(0), rates)
+    one = thresholds.choose(curves)["maF1"]
+    counted = thresholds.expected_per_label(p, noisy / (1 - r1))
+    expected = thresholds.expected_per_label(p, p)
+    maf1 = {}
+    for name, t in (("one", one), ("counted", counted), ("expected", expected)):
+        counts = metrics.count(thresholds.apply(test, t), labels)
+        maf1[name] = metrics.f1_scores(counts)["maF1"]
+    assert maf1["expected"] > maf1["one"] + 0.008, maf1
+    assert maf1["expected"] > maf1["counted"] + 0.02, maf1

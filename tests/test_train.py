@@ -46,7 +46,6 @@ def finished(tmp_path_factory) -> pathlib.Path:
     """A run of three epochs on noisy labels; copy it before changing it."""
     workdir = tmp_path_factory.mktemp("runs") / "finished"
     config = running.tiny_config(**{"train.num_epochs": 3, "train.keep": 3})
-    config.eval.per_label_thresholds = True
     fit.train_and_evaluate(config, str(workdir), "test")
     return workdir
 
@@ -111,7 +110,7 @@ def test_result_row(finished):
     history = files.read_jsonl(str(finished / "metrics.jsonl"))
     best = max(history, key=lambda h: h["selection"]["score"])
     assert row["epoch"] == best["epoch"]
-    assert set(row["per_label_metrics"]) == set(thresholds.PROTOCOLS) - {"oracle"}
+    assert set(row["expected_f1_metrics"]) == set(thresholds.PROTOCOLS) - {"oracle"}
     for key in ("ranking", "embeddings", "seconds", "versions", "command", "params"):
         assert row[key]
 
@@ -329,7 +328,6 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(copy, tmp_path):
     before = saved_params(copy, epoch)
     changes = {"train.num_epochs": 3, "train.keep": 3}
     arguments = [f"--workdir={copy}", *running.flags(**changes)]
-    arguments.append("--config.eval.per_label_thresholds=True")
 
     done = running.main(*arguments, largest_file_kb=9)
     running.assert_one_sentence(
