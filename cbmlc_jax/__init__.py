@@ -2,7 +2,7 @@
 
 import importlib
 
-__version__ = "0.2.2"
+__version__ = "0.3.0"
 
 # Name -> its module, imported when the name is first used: `import cbmlc_jax` is quick.
 _LAZY = {

@@ -171,7 +171,7 @@ def base() -> ml_collections.ConfigDict:
     c.mixture = ml_collections.ConfigDict()
     c.mixture.members = "lr_knn,sleec,cbmlc"  # models whose scores are mixed
     c.stack = ml_collections.ConfigDict()
-    c.stack.members = "kernel_ridge,sleec"  # models whose scores it reads
+    c.stack.members = "kernel_ridge,sleec,lr_knn"  # models whose scores it reads
     c.mlknn = ml_collections.ConfigDict()
     c.mlknn.neighbours = 10
     c.mlknn.smoothing = 1.0

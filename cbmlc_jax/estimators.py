@@ -222,7 +222,7 @@ class StackClassifier(Classifier):
     def __init__(
         self,
         *,
-        members="kernel_ridge,sleec",
+        members="kernel_ridge,sleec,lr_knn",
         crossfit=5,
         threshold="corrected_val",
         metric="miF1",
