@@ -29,24 +29,30 @@ from sklearn.utils.validation import (
 )
 
 from cbmlc_jax import config as config_lib
-from cbmlc_jax import fit, predict, rules, run_files, targets, thresholds
+from cbmlc_jax import fit, predict, rules, run_files, targets
 from cbmlc_jax import run as run_lib
 from cbmlc_jax.data import memory
 from cbmlc_jax.data.dataset import Dataset
+from cbmlc_jax.decision import Decision
 
-# What `threshold=` may name, as --protocol calls it; corrected_val falls back to
-# noisy_val, with a warning, where the noise rates cannot be used.
-_PROTOCOLS = {"corrected_val": "auto", "noisy_val": "noisy_val"}
+# The rules that `threshold=` may name; corrected_val falls back to noisy_val, with a
+# warning, where the noise rates cannot be used.
+_RULES = {
+    "corrected_val": {},
+    "noisy_val": {"protocol": "noisy_val"},
+    "per_label": {"per_label": True},
+    "per_row": {"per_row": True},
+}
 _METRICS = ("ebF1", "miF1", "maF1")
 # What `save` writes of a fitted estimator, beside the run's files; the latter only for
 # matrices and data frames.
 _FITTED = (
     "classes_",
+    "decision_",
     "kind_",
     "label_names_",
     "one_column_",
     "result_",
-    "threshold_",
 )
 _OF_MATRICES = ("n_features_in_", "feature_names_in_")
 
@@ -86,6 +92,11 @@ class Classifier(ClassifierMixin, BaseEstimator):
         """
         self._check_parameters()
         dataset = self._dataset(X, y, sample_weight)
+        if self.one_column_ and self.threshold == "per_row":
+            raise config_lib.ConfigError(
+                "threshold='per_row' chooses among the labels of a row, and y has one: "
+                "give threshold='per_label'"
+            )
         config = self._config(dataset)
         with contextlib.ExitStack() as stack:
             stack.enter_context(_quiet())
@@ -100,11 +111,16 @@ class Classifier(ClassifierMixin, BaseEstimator):
             run_lib.claim(config, workdir)
             run = run_lib.Run(config, workdir, task)
             self.result_, _ = fit.complete(run, f"{type(self).__name__}.fit")
-            self.threshold_ = self._threshold(workdir)
+            self.decision_ = self._decision(workdir)
             self.kind_, self.label_names_ = dataset.kind, list(dataset.label_names)
             self._files = run_files.read(workdir)
             self._predictor = predict.Predictor(workdir)
         return self
+
+    @property
+    def threshold_(self) -> float | np.ndarray | None:
+        """Of all labels, one for each [L], or None: each row has its own."""
+        return self.decision_.threshold
 
     def predict_proba(self, X):  # noqa: N803
         """float64 [N, L] scores in [0, 1]; [N, 2] where y was one column."""
@@ -113,12 +129,17 @@ class Classifier(ClassifierMixin, BaseEstimator):
 
     def decision_function(self, X):  # noqa: N803
         """float64 [N, L] (or [N]): score - threshold, >= 0 where `predict` says 1."""
-        margin = self._scores(X) - self.threshold_
+        scores, threshold = self._scores(X), self.threshold_
+        if threshold is None:
+            said = np.where(self.decision_.apply(scores), scores, np.inf)
+            threshold = said.min(axis=1, keepdims=True)
+        margin = scores - threshold
         return margin[:, 0] if self.one_column_ else margin
 
     def predict(self, X):  # noqa: N803
         """int64 [N, L] of 0 and 1; [N] classes where y was one column."""
-        said = thresholds.apply(self._scores(X), self.threshold_)
+        scores = self._scores(X)
+        said = self.decision_.apply(scores)
         return self.classes_[said[:, 0].astype(int)] if self.one_column_ else said * 1
 
     def save(self, path: str) -> None:
@@ -133,6 +154,7 @@ class Classifier(ClassifierMixin, BaseEstimator):
             params["random_state"] = self.result_["seed"]
         names = [*_FITTED, *(n for n in _OF_MATRICES if hasattr(self, n))]
         fitted = {name: getattr(self, name) for name in names}
+        fitted["decision_"] = self.decision_.to_json()
         content = {"class": type(self).__name__, "params": params, "fitted": fitted}
         text = json.dumps(content, default=_plain, indent=2) + "\n"
         run_files.write(self._files | {run_files.ESTIMATOR: text.encode()}, path)
@@ -151,9 +173,13 @@ class Classifier(ClassifierMixin, BaseEstimator):
                 raise run_lib.RunError(f"{path} holds a {content['class']}: load that")
             self = cls(**content["params"])
             fitted = content["fitted"]
+            if "threshold_" in fitted:  # before 0.3.0
+                fitted["decision_"] = Decision(fitted["threshold_"]).to_json()
             for name in (*_FITTED, *(n for n in _OF_MATRICES if n in fitted)):
                 setattr(self, name, fitted[name])
             self.classes_ = np.array(self.classes_)
+            labels = len(self.label_names_)
+            self.decision_ = Decision.from_json(self.decision_, labels)
             if "feature_names_in_" in fitted:
                 self.feature_names_in_ = np.array(self.feature_names_in_, object)
         except run_lib.RunError:
@@ -315,22 +341,21 @@ class Classifier(ClassifierMixin, BaseEstimator):
             )
         threshold = self.threshold
         if isinstance(threshold, str):
-            known = threshold in _PROTOCOLS
+            known = threshold in _RULES
         else:
             known = isinstance(threshold, numbers.Real) and 0 <= threshold <= 1
         if not known:
             raise config_lib.ConfigError(
-                f"threshold={threshold!r} must be corrected_val, noisy_val or a number "
-                "in [0, 1] (an estimator has neither test nor clean labels)"
+                f"threshold={threshold!r} must be {', '.join(_RULES)} or a number in "
+                "[0, 1] (an estimator has neither test nor clean labels)"
             )
 
-    def _threshold(self, workdir: str) -> float:
-        """That of the protocol, from the run's row, or the number that was given."""
+    def _decision(self, workdir: str) -> Decision:
+        """By the rule that `threshold` names, or the number that was given."""
         if not isinstance(self.threshold, str):
-            return float(self.threshold)
-        protocol = _PROTOCOLS[self.threshold]
-        rule = rules.Rule(protocol, self.metric)
-        return predict.choose(workdir, rule).threshold
+            return Decision(float(self.threshold))
+        rule = rules.Rule(metric=self.metric, **_RULES[self.threshold])
+        return predict.choose(workdir, rule)
 
 
 @contextlib.contextmanager

@@ -23,9 +23,10 @@ class CbMLCClassifier(Classifier):
         crossfit: K: thresholds and epoch from K-fold scores of all rows; 0: from
             validation rows that are set aside.
         validation_fraction: of the rows, stratified; at least one row.
-        threshold: "corrected_val", "noisy_val" (docs/thresholds.md), or a
-            number in [0, 1].
-        metric: the F1 that the threshold is best for: ebF1, miF1 or maF1.
+        threshold: "corrected_val", "noisy_val", "per_label", "per_row"
+            (docs/thresholds.md), or a number in [0, 1].
+        metric: the F1 that the threshold is best for, by the first two: ebF1, miF1 or
+            maF1.
         noise_rates: of y: (P(0->1), P(1->0)), "estimate", or None for labels without
             noise.
         label_names: L phrases whose word vectors the label nodes start at; None: random
@@ -41,7 +42,8 @@ class CbMLCClassifier(Classifier):
         classes_: int [L] numbers of the labels; or the two classes where y was one
             column.
         label_names_: L strings.
-        threshold_: of all labels.
+        decision_: which labels `predict` says, a `decision.Decision`.
+        threshold_: of it: of all labels, one for each, or None (per_row).
         result_: the run's result row; its `thresholds` has those of all protocols, its
             `rates` the noise rates.
         kind_: of the rows: "numbers", "set", "weighted" or "sequence".

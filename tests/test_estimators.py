@@ -194,6 +194,35 @@ def test_predictions_agree(data):
     assert estimator.score(test, truth) == (said == truth).all(1).mean()
 
 
+@pytest.mark.parametrize("threshold", ["per_label", "per_row"])
+def test_labels_by_the_expected_f1(threshold, data, tmp_path):
+    x, y, test = data
+    estimator = linear(threshold=threshold).fit(x, y)
+    said = estimator.predict(test)
+    np.testing.assert_array_equal(said, estimator.decision_function(test) >= 0)
+    if threshold == "per_row":
+        assert said.sum(1).min() >= 1 and estimator.threshold_ is None
+    else:
+        assert estimator.threshold_.shape == (6,)
+    estimator.save(tmp_path / "saved")
+    loaded = type(estimator).load(tmp_path / "saved")
+    assert loaded.decision_.to_json() == estimator.decision_.to_json()
+    np.testing.assert_array_equal(loaded.predict(test), said)
+
+
+def test_a_folder_of_before_keeps_its_threshold(data, tmp_path):
+    x, y, test = data
+    estimator = linear(threshold=0.3).fit(x, y)
+    estimator.save(tmp_path / "saved")
+    path = tmp_path / "saved" / "estimator.json"
+    content = json.loads(path.read_text())
+    del content["fitted"]["decision_"]
+    content["fitted"]["threshold_"] = 0.3  # as 0.2 wrote it
+    path.write_text(json.dumps(content))
+    loaded = type(estimator).load(tmp_path / "saved")
+    np.testing.assert_array_equal(loaded.predict(test), estimator.predict(test))
+
+
 def test_kinds_of_rows(data):
     x, y, test = data
     binary = linear().fit(x, y)
@@ -399,6 +428,7 @@ X, Y = np.eye(12), np.eye(12, 3)
         (linear(label_names=["a", "b", "a"]), X, Y, "2 of them different"),
         (linear(threshold="oracle"), X, Y, "threshold='oracle' must be corrected_val"),
         (linear(threshold=1.5), X, Y, "threshold=1.5 must be"),
+        (linear(threshold="per_row"), X, Y[:, 0], "and y has one: give"),
         (linear(metric="f1"), X, Y, "metric='f1' is not one of ebF1, miF1, maF1"),
         (linear(noise_rates="guess"), X, Y, "noise_rates='guess' must be"),
         (linear(noise_rates=(0.1, 2)), X, Y, r"^noise_rates\[1\]=2.0 must be in"),
