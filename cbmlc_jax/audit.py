@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from cbmlc_jax import config as config_lib
-from cbmlc_jax import files, fit, issues, page, repair, task
+from cbmlc_jax import files, fit, issues, page, repair, task, workdirs
 from cbmlc_jax import run as run_lib
 from cbmlc_jax.data.dataset import Dataset
 
@@ -47,9 +47,9 @@ def run_audit(
     dataset = task.load(config)
     noisy = task.noisy_labels(config, dataset)
     if scores.shape != noisy.shape:
-        raise run_lib.RunError(
-            f"{run_lib.out_of_fold_path(workdir)} has scores {scores.shape} for labels "
-            f"{noisy.shape}: the data are not those of the run"
+        raise workdirs.RunError(
+            f"{workdirs.out_of_fold_path(workdir)} has scores {scores.shape} for "
+            f"labels {noisy.shape}: the data are not those of the run"
         )
     found = issues.find_label_issues(
         noisy, np.clip(scores, 0, 1), ignored=dataset.train.ignored

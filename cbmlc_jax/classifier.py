@@ -29,7 +29,7 @@ from sklearn.utils.validation import (
 )
 
 from cbmlc_jax import config as config_lib
-from cbmlc_jax import fit, predict, rules, run_files, targets
+from cbmlc_jax import fit, predict, rules, run_files, targets, workdirs
 from cbmlc_jax import run as run_lib
 from cbmlc_jax.data import memory
 from cbmlc_jax.data.dataset import Dataset
@@ -104,11 +104,11 @@ class Classifier(ClassifierMixin, BaseEstimator):
             if workdir is None:
                 workdir = stack.enter_context(tempfile.TemporaryDirectory("-cbmlc"))
             elif os.path.isdir(workdir) and os.listdir(workdir):
-                raise run_lib.RunError(
+                raise workdirs.RunError(
                     f"{workdir} is not empty: give another workdir, or None"
                 )
             task = run_lib.built(config, dataset)
-            run_lib.claim(config, workdir)
+            workdirs.claim(config, workdir)
             run = run_lib.Run(config, workdir, task)
             self.result_, _ = fit.complete(run, f"{type(self).__name__}.fit")
             self.decision_ = self._decision(workdir)
@@ -170,7 +170,7 @@ class Classifier(ClassifierMixin, BaseEstimator):
         try:
             content = json.loads(found.pop(run_files.ESTIMATOR))
             if content["class"] != cls.__name__:
-                raise run_lib.RunError(f"{path} holds a {content['class']}: load that")
+                raise workdirs.RunError(f"{path} holds a {content['class']}: load that")
             self = cls(**content["params"])
             fitted = content["fitted"]
             if "threshold_" in fitted:  # before 0.3.0
@@ -182,10 +182,10 @@ class Classifier(ClassifierMixin, BaseEstimator):
             self.decision_ = Decision.from_json(self.decision_, labels)
             if "feature_names_in_" in fitted:
                 self.feature_names_in_ = np.array(self.feature_names_in_, object)
-        except run_lib.RunError:
+        except workdirs.RunError:
             raise
         except (KeyError, TypeError, ValueError) as error:
-            raise run_lib.RunError(
+            raise workdirs.RunError(
                 f"{path} holds no {cls.__name__} that save() wrote ({error!r})"
             ) from error
         self._files = found

@@ -27,6 +27,7 @@ from cbmlc_jax import (
     rngs,
     systems,
     train,
+    workdirs,
 )
 from cbmlc_jax import config as config_lib
 from cbmlc_jax import run as run_lib
@@ -45,13 +46,13 @@ def train_and_evaluate(config, workdir: str, command: str) -> dict | None:
         CheckpointError, DataError, EmbeddingError, ProcessError: see there.
     """
     _check_processes(config)
-    if not processes.of_first(lambda: run_lib.claim(config, workdir)):
+    if not processes.of_first(lambda: workdirs.claim(config, workdir)):
         return None
 
     def opened() -> run_lib.Run:
         if not processes.is_first():
             return run_lib.Run(config, workdir)
-        with run_lib.released_on_error(workdir):
+        with workdirs.released_on_error(workdir):
             return run_lib.Run(config, workdir)
 
     run = processes.first_then_others(opened)
@@ -110,7 +111,7 @@ def finish(run: run_lib.Run, history: list[dict], command: str) -> tuple[dict, s
         The result row and the report.
     """
     workdir = run.workdir
-    params, best, _ = run_lib.chosen_params(workdir, run.system.like)
+    params, best, _ = workdirs.chosen_params(workdir, run.system.like)
     row, text, records = run.finish(params, history, best, command)
     files.write_atomic(os.path.join(workdir, "report.txt"), text)
     files.write_jsonl(os.path.join(workdir, "details.jsonl"), records)
@@ -161,11 +162,11 @@ def _search(run: run_lib.Run, store: checkpoints.Checkpoints) -> list[dict]:
             "seconds": round(time.perf_counter() - start, 2),
         }
         history.append(line)
-        if run_lib.choose_epoch(history) == number:
+        if workdirs.choose_epoch(history) == number:
             best = params
         if run.config.train.progress:
             _show(line)
-    chosen = run_lib.choose_epoch(history)
+    chosen = workdirs.choose_epoch(history)
     if run.out_of_fold is not None:  # the folds have chosen: one fit is enough
         start = time.perf_counter()
         best = run.system.candidates[chosen - 1][1].fit(**given)
@@ -181,11 +182,11 @@ def _weights(run: run_lib.Run) -> dict[str, np.ndarray]:
     if weights is None:
         return {}
     if run.config.noise.by_row and name in baselines.TAKES_WEIGHTS:
-        raise run_lib.RunError(
+        raise workdirs.RunError(
             f"{name} with config.noise.by_row=True cannot weigh rows: leave one out"
         )
     if name not in baselines.TAKES_WEIGHTS:
-        raise run_lib.RunError(f"{name} cannot weigh rows: leave sample_weight out")
+        raise workdirs.RunError(f"{name} cannot weigh rows: leave sample_weight out")
     return {"weights": weights}
 
 
@@ -229,7 +230,7 @@ def _cross_fit(run: run_lib.Run) -> run_lib.Run:
             print(f"fold {k} of {number}", flush=True)
         part = run_lib.Run(quiet, workdir, task_lib.fold(config, task, held_out))
         history = fit(part)
-        params, _, _ = run_lib.chosen_params(workdir, part.system.like)
+        params, _, _ = workdirs.chosen_params(workdir, part.system.like)
         values = part.system.scores(params, part.task.validation.inputs)
         if scores is None:
             scores = np.empty((len(task.noisy), values.shape[1]), np.float32)
@@ -242,7 +243,7 @@ def _cross_fit(run: run_lib.Run) -> run_lib.Run:
         None if None in column else float(np.mean(column))
         for column in zip(*(c[:length] for c in curves), strict=True)
     ]
-    files.write_array(run_lib.out_of_fold_path(run.workdir), scores)
+    files.write_array(workdirs.out_of_fold_path(run.workdir), scores)
     found = run_lib.OutOfFold(scores, curve, rule, seconds)
     return run_lib.Run(config, run.workdir, task, found)
 
@@ -281,7 +282,7 @@ def _fit_members(run: run_lib.Run) -> _Members:
             seconds += part.out_of_fold.seconds
         history = fit(part)
         seconds += sum(line["seconds"] for line in history)
-        variables[name], _, _ = run_lib.chosen_params(workdir, part.system.like)
+        variables[name], _, _ = workdirs.chosen_params(workdir, part.system.like)
         validations[name] = part.validation(variables[name])
     return _Members(variables, validations, seconds)
 
@@ -318,7 +319,7 @@ def _mix(run: run_lib.Run) -> run_lib.Run:
     if not run.config.train.crossfit:
         return run
     mixed = mixture.mixed(list(scores.values()), weights)
-    files.write_array(run_lib.out_of_fold_path(run.workdir), mixed)
+    files.write_array(workdirs.out_of_fold_path(run.workdir), mixed)
     out_of_fold = run_lib.OutOfFold(mixed, [score], rule)
     return run_lib.Run(run.config, run.workdir, run.task, out_of_fold)
 
@@ -347,7 +348,7 @@ def _stack(run: run_lib.Run) -> run_lib.Run:
     top = run_lib.Run(config, workdir, task_lib.with_inputs(config, task, inputs))
     like, out_of_fold = top.system.like, _cross_fit(top).out_of_fold
     tops = {
-        str(k): run_lib.chosen_params(_fold(workdir, k), like)[0]
+        str(k): workdirs.chosen_params(_fold(workdir, k), like)[0]
         for k in range(1, config.train.crossfit + 1)
     }
     scores = run_lib.counted(out_of_fold.scores, task.validation)
@@ -358,7 +359,7 @@ def _stack(run: run_lib.Run) -> run_lib.Run:
     history = [{"epoch": 1, "selection": selection, "seconds": 0.0}]
     variables = {"members": found.variables, "calibration": platt, "stack": tops}
     _save_once(run, 1, variables, history)
-    files.write_array(run_lib.out_of_fold_path(run.workdir), out_of_fold.scores)
+    files.write_array(workdirs.out_of_fold_path(run.workdir), out_of_fold.scores)
     seconds = out_of_fold.seconds + found.seconds
     out_of_fold = run_lib.OutOfFold(out_of_fold.scores, [score], rule, seconds)
     return run_lib.Run(run.config, run.workdir, run.task, out_of_fold)

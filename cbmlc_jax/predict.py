@@ -20,9 +20,9 @@ from cbmlc_jax import (
     systems,
     task,
     validation,
+    workdirs,
 )
 from cbmlc_jax import config as config_lib
-from cbmlc_jax import run as run_lib
 from cbmlc_jax.data.dataset import DataError, Inputs
 from cbmlc_jax.decision import Decision
 
@@ -38,7 +38,7 @@ class Predictor:
     """
 
     def __init__(self, workdir: str):
-        config = run_lib.trained_config(workdir)
+        config = workdirs.trained_config(workdir)
         inputs = _inputs(workdir)
         self.label_names = inputs["label_names"]
         self.feature_names = inputs["feature_names"]
@@ -62,7 +62,7 @@ class Predictor:
             feature_scale=np.ones(num_features, np.float32),
         )
         self.system = systems.create(config, self.meta, self.widths, self.graph)
-        self.params, _, _ = run_lib.chosen_params(workdir, self.system.like)
+        self.params, _, _ = workdirs.chosen_params(workdir, self.system.like)
 
     def scores(self, inputs: Inputs) -> np.ndarray:
         """float32 [N, L] probabilities."""
@@ -86,7 +86,7 @@ def _inputs(workdir: str) -> dict:
         with open(path, encoding="utf8") as file:
             return json.load(file)
     except (OSError, ValueError) as error:
-        raise run_lib.RunError(f"{path} cannot be read: {error}") from error
+        raise workdirs.RunError(f"{path} cannot be read: {error}") from error
 
 
 def _graph(
@@ -130,10 +130,10 @@ def reliability(workdir: str, protocol: str, target: str | None) -> None:
     """
     rule = rules.Rule(protocol, calibrate="platt")
     rule.check()
-    run_lib.saved_config(workdir)
+    workdirs.saved_config(workdir)
     rows = files.read_jsonl(os.path.join(workdir, "results.jsonl"))
     if not rows:
-        raise run_lib.RunError(f"{workdir} has no finished run: let it finish")
+        raise workdirs.RunError(f"{workdir} has no finished run: let it finish")
     found = validation.read(workdir)
     protocol = rules.protocol_of(protocol, rows[-1])
     rates = found.rates_for(protocol)

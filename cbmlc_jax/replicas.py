@@ -12,7 +12,7 @@ import os
 import jax
 from jaxtyping import PyTree
 
-from cbmlc_jax import checkpoints, fit, processes, train
+from cbmlc_jax import checkpoints, fit, processes, train, workdirs
 from cbmlc_jax import config as config_lib
 from cbmlc_jax import run as run_lib
 from cbmlc_jax.grids import SEED_KEYS
@@ -40,15 +40,15 @@ def train_and_evaluate(config, workdir: str, command: str) -> list[dict]:
             "leave --coordinator out, or train one seed"
         )
     if os.path.exists(os.path.join(workdir, "config.json")):
-        raise run_lib.RunError(
+        raise workdirs.RunError(
             f"{workdir} holds a run of one seed: choose another --workdir for "
             f"config.train.num_replicas={config.train.num_replicas}"
         )
     runs = []
     for k, one in enumerate(_of_each_seed(config)):
         folder = os.path.join(workdir, str(k))
-        if run_lib.claim(one, folder):
-            with run_lib.released_on_error(folder):
+        if workdirs.claim(one, folder):
+            with workdirs.released_on_error(folder):
                 runs.append(run_lib.Run(one, folder))
         else:
             print(f"{folder} holds a finished run: see report.txt there")
@@ -99,7 +99,7 @@ def _check_alike(one: run_lib.Run, other: run_lib.Run) -> None:
     mine, theirs = _shapes(one), _shapes(other)
     for name, value in mine.items():
         if value != theirs[name]:
-            raise run_lib.RunError(
+            raise workdirs.RunError(
                 f"seeds {one.config.seed} and {other.config.seed} differ in the "
                 f"{name}, and cannot be trained side by side: leave out "
                 "config.train.num_replicas, and start a run for each seed"

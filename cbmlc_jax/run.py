@@ -1,21 +1,19 @@
-"""A run and its working directory: claimed, described, chosen from, evaluated again."""
+"""A run: a config made ready, what is chosen in it, and what it comes to."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterator
 
 import jax
 import numpy as np
 import scipy.sparse
 from jaxtyping import PyTree
 
+from cbmlc_jax import config as config_lib
 from cbmlc_jax import (
-    checkpoints,
     details,
     evaluate,
     files,
@@ -26,16 +24,12 @@ from cbmlc_jax import (
     row_noise,
     systems,
     thresholds,
+    workdirs,
 )
-from cbmlc_jax import config as config_lib
 from cbmlc_jax import task as task_lib
 from cbmlc_jax import validation as validation_lib
 from cbmlc_jax.data import pipeline
 from cbmlc_jax.models.baselines.logistic_regression import LogisticRegression
-
-
-class RunError(ValueError):
-    """A run that cannot start or go on; the message says what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +67,7 @@ class Run:
         task: task_lib.Task | None = None,
         out_of_fold: OutOfFold | None = None,
     ):
-        _check_single(config)
+        workdirs.check_single(config)
         self.workdir, self.out_of_fold = workdir, out_of_fold
         self.task = task or built(config)
         self.config = config = config_lib.settled(config, self.task.dataset.kind)
@@ -263,7 +257,7 @@ def built(config, dataset: pipeline.Dataset | None = None) -> task_lib.Task:
 
 def _matrix(task: task_lib.Task, inputs: pipeline.Inputs, what: str):
     if not task.meta.num_features:
-        raise RunError(
+        raise workdirs.RunError(
             f"{what} from rows of numbers: freeze all of the image network and set "
             "config.model.encoder.cache_features=True"
         )
@@ -305,19 +299,11 @@ def held_out_scores(
     return scores
 
 
-def choose_epoch(history: list[dict]) -> int:
-    """The epoch with the best selection score, ties to the earlier; else the last."""
-    scored = [h for h in history if h["selection"]["score"] is not None]
-    if not scored or scored[-1]["selection"]["rule"] == "last":
-        return history[-1]["epoch"]
-    return max(scored, key=lambda h: (h["selection"]["score"], -h["epoch"]))["epoch"]
-
-
 def out_of_patience(history: list[dict], patience: int) -> bool:
     """Whether the last `patience` evaluations brought nothing better."""
     if not patience or not history:
         return False
-    best = choose_epoch(history)
+    best = workdirs.choose_epoch(history)
     return (
         sum(
             1
@@ -326,94 +312,6 @@ def out_of_patience(history: list[dict], patience: int) -> bool:
         )
         >= patience
     )
-
-
-def _check_single(config) -> None:
-    """A run is of one seed: `replicas` gives each of several a config of its own."""
-    number = config.train.num_replicas
-    if number > 1:
-        raise RunError(
-            f"config.train.num_replicas={number} is for `cbmlc_jax.main` with "
-            "--mode=train alone: leave it out here"
-        )
-
-
-def claim(config, workdir: str) -> bool:
-    """Writes config.json into a new workdir; checks it in one that exists.
-
-    Returns:
-        False where the run there is finished.
-
-    Raises:
-        RunError: the workdir is of another config, or holds something else.
-    """
-    _check_single(config)
-    os.makedirs(workdir, exist_ok=True)
-    path = os.path.join(workdir, "config.json")
-    mine = config_lib.flatten(config)
-    if not os.path.exists(path):
-        others = sorted(n for n in os.listdir(workdir) if not n.startswith("."))
-        if others:
-            raise RunError(
-                f"{workdir} is not empty and has no config.json ({others[0]} lies "
-                "there): choose another --workdir"
-            )
-        files.write_atomic(path, json.dumps(mine, indent=2) + "\n")
-        return True
-    differing = config_lib.differences(mine, saved_config(workdir))
-    if differing:
-        raise RunError(
-            f"{workdir} holds a run of another config; these keys differ: "
-            f"{', '.join(differing)}. Choose another --workdir"
-        )
-    return not os.path.exists(os.path.join(workdir, "results.jsonl"))
-
-
-@contextlib.contextmanager
-def released_on_error(workdir: str) -> Iterator[None]:
-    """Takes `claim` back where what follows fails before it has left anything.
-
-    So that the same command, with the mistake mended, can have the same workdir.
-    """
-    try:
-        yield
-    except BaseException:
-        if os.listdir(workdir) == ["config.json"]:
-            os.remove(os.path.join(workdir, "config.json"))
-        raise
-
-
-def saved_config(workdir: str) -> dict:
-    """The flat config of a workdir.
-
-    Raises:
-        RunError: there is none, or it is damaged.
-    """
-    path = os.path.join(workdir, "config.json")
-    try:
-        with open(path, encoding="utf8") as file:
-            return json.load(file)
-    except FileNotFoundError:
-        first = os.path.join(workdir, "0")
-        if os.path.exists(os.path.join(first, "config.json")):
-            raise RunError(
-                f"{workdir} holds several seeds: give one's, --workdir={first}"
-            ) from None
-        raise RunError(f"{workdir} holds no run (no config.json there)") from None
-    except ValueError as error:
-        raise RunError(f"{path} is damaged: {error}") from error
-
-
-def trained_config(workdir: str):
-    """The config of a workdir, to evaluate or predict here.
-
-    Raises:
-        RunError, ConfigError: there is none, or it is of another version.
-    """
-    config = config_lib.restore(saved_config(workdir))
-    if (config.train.num_devices or 1) > len(jax.local_devices()):
-        config.train.num_devices = None  # trained on a larger machine
-    return config
 
 
 def write_inputs(run: Run) -> None:
@@ -442,25 +340,6 @@ def write_inputs(run: Run) -> None:
     files.write_atomic(path, json.dumps(content) + "\n")
 
 
-def chosen_params(workdir: str, like: PyTree) -> tuple[PyTree, int, list[dict]]:
-    """The parameters of the chosen epoch, that epoch, and the history.
-
-    Args:
-        workdir: of a run, finished or not.
-        like: a tree of the parameters' shapes and types; None for those of the file.
-
-    Raises:
-        RunError, CheckpointError: there is no checkpoint, or it is damaged.
-    """
-    folder = os.path.join(workdir, "checkpoints")
-    with contextlib.closing(checkpoints.Checkpoints(folder, read_only=True)) as store:
-        if not store.epochs:
-            raise RunError(f"{workdir} has no checkpoint yet: train there first")
-        history = store.history(store.epochs[-1])
-        best = choose_epoch(history)
-        return store.params(best, like), best, history
-
-
 def evaluate_checkpoint(workdir: str, data_dir: str | None, command: str) -> dict:
     """Restores the chosen epoch of a run, evaluates it again and compares.
 
@@ -475,11 +354,11 @@ def evaluate_checkpoint(workdir: str, data_dir: str | None, command: str) -> dic
     Raises:
         RunError, CheckpointError, DataError: see there.
     """
-    config = trained_config(workdir)
+    config = workdirs.trained_config(workdir)
     if data_dir:
         config.data.dir = data_dir
     run = Run(config, workdir, out_of_fold=saved_out_of_fold(config, workdir))
-    params, best, history = chosen_params(workdir, run.system.like)
+    params, best, history = workdirs.chosen_params(workdir, run.system.like)
     row, text, _ = run.finish(params, history, best, command)
     files.write_jsonl(os.path.join(workdir, "eval.jsonl"), [row])
     print(text)
@@ -487,11 +366,6 @@ def evaluate_checkpoint(workdir: str, data_dir: str | None, command: str) -> dic
     if before:
         print(_compare(before[-1], row))
     return row
-
-
-def out_of_fold_path(workdir: str) -> str:
-    """Where cross-fitting leaves its scores [N, L]."""
-    return os.path.join(workdir, validation_lib.OUT_OF_FOLD)
 
 
 def saved_out_of_fold(config, workdir: str) -> OutOfFold | None:
@@ -502,11 +376,11 @@ def saved_out_of_fold(config, workdir: str) -> OutOfFold | None:
     """
     if not config.train.crossfit:
         return None
-    path = out_of_fold_path(workdir)
+    path = workdirs.out_of_fold_path(workdir)
     try:
         scores = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read: {error}") from error
+        raise workdirs.RunError(f"{path} cannot be read: {error}") from error
     return OutOfFold(scores, [], "")  # the history holds its curve
 
 

@@ -10,7 +10,7 @@ import os
 import tempfile
 
 from cbmlc_jax import files
-from cbmlc_jax.run import RunError
+from cbmlc_jax.workdirs import RunError
 
 # Name relative to the folder, with "/", -> content.
 RunFiles = dict[str, bytes]

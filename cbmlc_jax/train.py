@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from cbmlc_jax import checkpoints, processes
+from cbmlc_jax import checkpoints, processes, workdirs
 from cbmlc_jax import run as run_lib
 from cbmlc_jax import steps as steps_lib
 from cbmlc_jax.data import pipeline
@@ -160,7 +160,7 @@ def _program(runs: Sequence[run_lib.Run], start: int):
     for rates in (r.task.rates for r in runs):
         by_rate = config.loss.name == "forward" and not config.noise.by_row
         if by_rate and not rates.usable:
-            raise run_lib.RunError(
+            raise workdirs.RunError(
                 f"{rates.reason}: choose another config.loss.name than forward"
             )
     step = steps_lib.make_train_step(
@@ -296,7 +296,7 @@ def _epoch(
             for i in going:
                 if not np.isfinite(summed[i]):
                     whose = f" of seed {runs[i].config.seed}" if len(runs) > 1 else ""
-                    raise run_lib.RunError(
+                    raise workdirs.RunError(
                         f"the loss{whose} is not finite in epoch {epoch}: lower "
                         "config.optim.learning_rate; the checkpoints before are intact"
                     )
@@ -327,12 +327,12 @@ def _save(
     # When all have saved: they go on from an epoch that all of them have.
     for i in saving:
         newest = stores[i].epochs[-runs[i].config.train.keep :]
-        stores[i].keep_only({*newest, run_lib.choose_epoch(histories[i])})
+        stores[i].keep_only({*newest, workdirs.choose_epoch(histories[i])})
 
 
 def _to_be_saved(run: run_lib.Run, history: list[dict]) -> bool:
     """Whether the newest epoch is due, the best or the last."""
     epoch = history[-1]["epoch"]
-    best = run_lib.choose_epoch(history)
+    best = workdirs.choose_epoch(history)
     last = epoch == run.last_epoch or run.out_of_patience(history)
     return best == epoch or last or epoch % run.config.train.checkpoint_every == 0

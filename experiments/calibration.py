@@ -20,8 +20,7 @@ import io
 import json
 import os
 
-from cbmlc_jax import calibration, errors, files, rules, task, validation
-from cbmlc_jax import run as run_lib
+from cbmlc_jax import calibration, errors, files, rules, task, validation, workdirs
 from cbmlc_jax.evaluate import Validation
 from cbmlc_jax.thresholds import Rates
 from experiments.figures import COLOURS, SIZE, STYLE
@@ -95,7 +94,7 @@ def main() -> None:
     with errors.explained():
         for workdir in arguments.workdirs:
             kept = validation.read(workdir)
-            built = task.build(run_lib.trained_config(workdir))
+            built = task.build(workdirs.trained_config(workdir))
             lines = compare(kept, built.validation_clean)
             name = os.path.basename(os.path.normpath(workdir))
             for line in lines:

@@ -12,7 +12,17 @@ import running
 import scipy.sparse
 
 from cbmlc_jax import config as config_lib
-from cbmlc_jax import files, fit, limits, models, predict, results, rules, train
+from cbmlc_jax import (
+    files,
+    fit,
+    limits,
+    models,
+    predict,
+    results,
+    rules,
+    train,
+    workdirs,
+)
 from cbmlc_jax import run as run_lib
 from cbmlc_jax import task as task_lib
 from cbmlc_jax.models import baselines
@@ -72,7 +82,7 @@ def test_an_estimator_is_evaluated_again_and_predicts(searched, tmp_path):
     again = run_lib.evaluate_checkpoint(str(copy), None, "eval")
     for key in set(row) - set(results.PROVENANCE):
         assert row[key] == again[key], key
-    run = run_lib.Run(config_lib.restore(run_lib.saved_config(str(copy))), str(copy))
+    run = run_lib.Run(config_lib.restore(workdirs.saved_config(str(copy))), str(copy))
     predictor = predict.Predictor(str(copy))
     some = run.task.test.inputs.take(np.arange(5))
     scores = predictor.scores(some)
@@ -259,7 +269,7 @@ def test_every_model_goes_from_config_to_prediction(name, tmp_path):
     assert row["metrics"]["oracle"]["miF1"] > 0
     assert ("decoded_metrics" in row) == (name in ("seq2seq", "mlknn"))
     run = run_lib.Run(config, workdir)
-    params, _, _ = run_lib.chosen_params(workdir, run.system.like)
+    params, _, _ = workdirs.chosen_params(workdir, run.system.like)
     some = run.task.test.inputs.take(np.arange(9))
     scores = predict.Predictor(workdir).scores(some)
     np.testing.assert_array_equal(scores, run.system.scores(params, some))
@@ -288,7 +298,7 @@ def test_rates_can_be_estimated(useless, tmp_path, capsys, monkeypatch):
         with pytest.warns(UserWarning, match="could not be estimated"):
             predict.choose(str(tmp_path / "run"), rules.RUNS)
         forward = running.tiny_config(**{"loss.name": "forward", "noise.known": False})
-        with pytest.raises(run_lib.RunError, match="not be estimated .* than forward"):
+        with pytest.raises(workdirs.RunError, match="not be estimated .* than forward"):
             fit.train_and_evaluate(forward, str(tmp_path / "forward"), "test")
     else:
         assert not row["rates"]["doubt"] and "estimated  " in report
@@ -378,5 +388,5 @@ def test_a_model_that_cannot_weigh_rows_says_so(tmp_path):
     task = dataclasses.replace(
         task, train=dataclasses.replace(task.train, sample_weight=ones)
     )
-    with pytest.raises(run_lib.RunError, match="mlknn cannot weigh rows"):
+    with pytest.raises(workdirs.RunError, match="mlknn cannot weigh rows"):
         fit.fit(run_lib.Run(config, str(tmp_path), task))

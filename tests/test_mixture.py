@@ -7,7 +7,7 @@ import pytest
 import running
 
 from cbmlc_jax import config as config_lib
-from cbmlc_jax import evaluate, fit, mixture, predict
+from cbmlc_jax import evaluate, fit, mixture, predict, workdirs
 from cbmlc_jax import run as run_lib
 
 MIXTURE = {
@@ -69,7 +69,7 @@ def test_a_mixture_goes_from_config_to_prediction(tmp_path, capsys):
         run = run_lib.Run(config, workdir, None, run_lib.OutOfFold(alone, [], ""))
         score, _ = evaluate.selection_score(run.validation(None), "corrected_val")
         assert row["selection"]["score"] >= score
-    params, _, _ = run_lib.chosen_params(workdir, None)
+    params, _, _ = workdirs.chosen_params(workdir, None)
     some = run.task.test.inputs.take(np.arange(9))
     scores = predict.Predictor(workdir).scores(some)
     expected = sum(
@@ -96,7 +96,7 @@ def test_a_mixture_without_folds_resumes(tmp_path, monkeypatch):
     for key in ("metrics", "thresholds", "selection"):
         assert row[key] == whole[key]
     run = run_lib.Run(config, broken)
-    params, _, _ = run_lib.chosen_params(broken, None)
+    params, _, _ = workdirs.chosen_params(broken, None)
     params["weights"] = {"logistic_regression": 0.0, "cbmlc": 1.0}
     some = run.task.test.inputs.take(np.arange(9))
     alone = run.system.members["cbmlc"]

@@ -27,6 +27,7 @@ from cbmlc_jax import (
     steps,
     systems,
     thresholds,
+    workdirs,
 )
 from cbmlc_jax import run as run_lib
 from cbmlc_jax import task as task_lib
@@ -110,7 +111,7 @@ def settings(folder, **changes):
 
 
 def saved(workdir) -> list[np.ndarray]:
-    variables, _, _ = run_lib.chosen_params(str(workdir), None)
+    variables, _, _ = workdirs.chosen_params(str(workdir), None)
     return jax.tree.leaves(variables)
 
 
@@ -120,7 +121,7 @@ def test_resumes_with_the_same_crops_and_statistics(folder, tmp_path):
     whole = settings(folder, **keep)
     fit.train_and_evaluate(whole, str(tmp_path / "whole"), "test")
     half = run_lib.Run(settings(folder, **keep), str(tmp_path / "half"))
-    run_lib.claim(whole, half.workdir)
+    workdirs.claim(whole, half.workdir)
     half.config.train.num_epochs = 1
     fit.fit(half)
     after_one = [x.copy() for x in saved(half.workdir)]
@@ -130,7 +131,7 @@ def test_resumes_with_the_same_crops_and_statistics(folder, tmp_path):
     assert all(np.array_equal(a, b) for a, b in pairs)
     assert not all(map(np.array_equal, after_one, saved(half.workdir)))
     # Running averages are no parameters, and they move.
-    variables, _, _ = run_lib.chosen_params(half.workdir, half.system.like)
+    variables, _, _ = workdirs.chosen_params(half.workdir, half.system.like)
     assert row["params"] == systems.num_params({"params": variables["params"]})
     stats = variables["batch_stats"]["encoder"]["backbone"]
     fresh = half.system.init()["batch_stats"]["encoder"]["backbone"]
@@ -168,7 +169,7 @@ def test_frozen_features_are_computed_once_and_change_nothing(folder, tmp_path, 
     assert capsys.readouterr().out.count("computing the features") == 2
     run = run_lib.Run(cached, str(tmp_path / "cached"))
     assert "computing" not in capsys.readouterr().out  # from the cache
-    variables, _, _ = run_lib.chosen_params(str(tmp_path / "cached"), run.system.like)
+    variables, _, _ = workdirs.chosen_params(str(tmp_path / "cached"), run.system.like)
     assert run.task.test.inputs.values.ndim == 4
     scores = run.system.scores(variables, run.task.test.inputs)
 
@@ -197,7 +198,7 @@ def test_frozen_features_are_computed_once_and_change_nothing(folder, tmp_path, 
     # A frozen stage stays as it was, also where it is not cached.
     state = fit.train_and_evaluate(whole, str(tmp_path / "whole"), "test")
     assert state["epoch"] >= 1
-    trained, _, _ = run_lib.chosen_params(str(tmp_path / "whole"), system.like)
+    trained, _, _ = workdirs.chosen_params(str(tmp_path / "whole"), system.like)
     start = system.init()
     for kind in start:
         for name, before in start[kind]["encoder"]["backbone"].items():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import running
 
-from cbmlc_jax import checkpoints, files, fit, parallel, processes
+from cbmlc_jax import checkpoints, files, fit, parallel, processes, workdirs
 from cbmlc_jax import run as run_lib
 from cbmlc_jax.data import pipeline
 from cbmlc_jax.data.dataset import Ragged
@@ -129,7 +129,7 @@ def test_a_process_that_is_gone_is_one_sentence():
     with pytest.raises(processes.ProcessError, match="has ended.* resume"):
         with processes.together():
             raise ValueError("UNKNOWN: Gloo all-reduce failed: Connection closed")
-    for error in (run_lib.RunError("no barrier"), ValueError("an entry is wrong")):
+    for error in (workdirs.RunError("no barrier"), ValueError("an entry is wrong")):
         with pytest.raises(type(error), match=str(error)), processes.together():
             raise error
 

@@ -19,6 +19,7 @@ from cbmlc_jax import (
     replicas,
     results,
     task,
+    workdirs,
 )
 from cbmlc_jax import config as config_lib
 from cbmlc_jax import run as run_lib
@@ -99,7 +100,7 @@ def test_a_seed_is_the_run_of_that_seed(together, tmp_path):
 
 
 def chosen(workdir: pathlib.Path) -> list[np.ndarray]:
-    params, _, _ = run_lib.chosen_params(str(workdir), None)
+    params, _, _ = workdirs.chosen_params(str(workdir), None)
     return [np.asarray(x) for x in jax.tree.leaves(params)]
 
 
@@ -107,14 +108,14 @@ def test_finished_seeds_are_left_alone_and_another_config_is_refused(together):
     before = (together / "1" / "results.jsonl").read_bytes()
     assert replicas.train_and_evaluate(two_seeds(), str(together), "again") == []
     assert (together / "1" / "results.jsonl").read_bytes() == before
-    with pytest.raises(run_lib.RunError, match="these keys differ: model.dropout"):
+    with pytest.raises(workdirs.RunError, match="these keys differ: model.dropout"):
         changed = two_seeds(**{"model.dropout": 0.1})
         replicas.train_and_evaluate(changed, str(together), "again")
-    with pytest.raises(run_lib.RunError, match="several seeds.*--workdir=.*/0"):
+    with pytest.raises(workdirs.RunError, match="several seeds.*--workdir=.*/0"):
         run_lib.evaluate_checkpoint(str(together), None, "")
-    with pytest.raises(run_lib.RunError, match="is not empty"):
+    with pytest.raises(workdirs.RunError, match="is not empty"):
         fit.train_and_evaluate(config_of(), str(together), "again")
-    with pytest.raises(run_lib.RunError, match="a run of one seed: choose another"):
+    with pytest.raises(workdirs.RunError, match="a run of one seed: choose another"):
         replicas.train_and_evaluate(two_seeds(), str(together / "0"), "again")
 
 
@@ -134,14 +135,16 @@ def test_configs_that_cannot_be_stacked(changes, sentence):
 
 
 def test_where_several_seeds_are_not_for(tmp_path, monkeypatch):
-    with pytest.raises(run_lib.RunError, match="--mode=train alone"):
+    with pytest.raises(workdirs.RunError, match="--mode=train alone"):
         fit.train_and_evaluate(two_seeds(), str(tmp_path / "run"), "")
-    with pytest.raises(run_lib.RunError, match="--mode=train alone"):
+    with pytest.raises(workdirs.RunError, match="--mode=train alone"):
         run_lib.Run(two_seeds(), "")  # of an estimator
     assert not (tmp_path / "run").exists()
     fewer = [config_of(k, **{"data.validation_size": 100 + k}) for k in (0, 1)]
     monkeypatch.setattr(replicas, "_of_each_seed", lambda config: fewer)
-    with pytest.raises(run_lib.RunError, match="0 and 1 differ in the number of train"):
+    with pytest.raises(
+        workdirs.RunError, match="0 and 1 differ in the number of train"
+    ):
         replicas.train_and_evaluate(two_seeds(), str(tmp_path / "two"), "")
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(processes.ProcessError, match="takes one process"):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import running
 
-from cbmlc_jax import evaluate, fit, predict, rules, thresholds, validation
+from cbmlc_jax import evaluate, fit, predict, rules, thresholds, validation, workdirs
 from cbmlc_jax import run as run_lib
 from cbmlc_jax.decision import Calibration, Decision, expected_per_row
 from cbmlc_jax.rules import Rule, RuleError
@@ -131,8 +131,8 @@ def test_the_run_keeps_what_its_thresholds_were_chosen_on(trained):
         curves, used = kept.curves(protocol)
         assert used == protocol
         assert thresholds.choose(curves, kept.grid) == row["thresholds"][protocol]
-    run = run_lib.Run(run_lib.trained_config(workdir), workdir)
-    params, _, _ = run_lib.chosen_params(workdir, run.system.like)
+    run = run_lib.Run(workdirs.trained_config(workdir), workdir)
+    params, _, _ = workdirs.chosen_params(workdir, run.system.like)
     fresh = run.validation(params)
     np.testing.assert_array_equal(kept.scores, fresh.scores)
     np.testing.assert_array_equal(kept.labels, fresh.labels)

@@ -9,7 +9,7 @@ import pytest
 import running
 
 from cbmlc_jax import config as config_lib
-from cbmlc_jax import evaluate, fit, losses, models, predict, systems
+from cbmlc_jax import evaluate, fit, losses, models, predict, systems, workdirs
 from cbmlc_jax import run as run_lib
 from cbmlc_jax.data import pipeline
 from cbmlc_jax.decision import logit
@@ -156,7 +156,7 @@ def test_a_stack_goes_from_config_to_prediction(tmp_path, capsys, monkeypatch):
     assert row["selection"]["score"] > before
     assert row["embeddings"]["source"] == "dataset"
     assert "label_embeddings" in row["details"]
-    params, best, history = run_lib.chosen_params(workdir, None)
+    params, best, history = workdirs.chosen_params(workdir, None)
     assert best == row["epoch"] == 1
     assert [line["selection"] for line in history] == [
         {key: row["selection"][key] for key in ("rule", "score")}

@@ -34,6 +34,7 @@ from cbmlc_jax import (
     steps,
     systems,
     thresholds,
+    workdirs,
 )
 from cbmlc_jax import config as config_lib
 from cbmlc_jax import run as run_lib
@@ -57,7 +58,7 @@ def copy(finished, tmp_path) -> pathlib.Path:
 
 def saved_params(workdir: pathlib.Path, epoch: int) -> list[np.ndarray]:
     store = checkpoints.Checkpoints(str(workdir / "checkpoints"), read_only=True)
-    config = config_lib.restore(run_lib.saved_config(str(workdir)))
+    config = config_lib.restore(workdirs.saved_config(str(workdir)))
     run = run_lib.Run(config, str(workdir))
     params = store.params(epoch, run.system.like)
     store.close()
@@ -135,7 +136,7 @@ def test_curves_are_looked_at_and_choose_nothing(finished, tmp_path):
 
     test_figures and test_report read such rows.
     """
-    config = config_lib.restore(run_lib.saved_config(str(finished)))
+    config = config_lib.restore(workdirs.saved_config(str(finished)))
     config.eval.curves = True
     row = fit.train_and_evaluate(config, str(tmp_path / "watched"), "test")
     [plain] = files.read_jsonl(str(finished / "results.jsonl"))
@@ -150,7 +151,7 @@ def test_curves_are_looked_at_and_choose_nothing(finished, tmp_path):
     for i, line in enumerate(history):
         line["mAP"] = {"train": 0.1 * i, "test": 1.0 if i == 0 else 0.0}
         line["selection"]["score"] = [0.2, 0.3, 0.1][i]
-    assert run_lib.choose_epoch(history) == 2
+    assert workdirs.choose_epoch(history) == 2
 
 
 def test_report_says_what_the_row_says(finished):
@@ -167,15 +168,15 @@ def test_report_says_what_the_row_says(finished):
 
 def test_a_finished_run_is_left_alone(copy, capsys):
     before = (copy / "results.jsonl").read_bytes()
-    config = config_lib.restore(run_lib.saved_config(str(copy)))
+    config = config_lib.restore(workdirs.saved_config(str(copy)))
     assert fit.train_and_evaluate(config, str(copy), "again") is None
     assert (copy / "results.jsonl").read_bytes() == before
 
 
 def test_a_workdir_of_another_config_is_refused(copy):
-    config = config_lib.restore(run_lib.saved_config(str(copy)))
+    config = config_lib.restore(workdirs.saved_config(str(copy)))
     config.loss.gamma_neg, config.seed, config.train.progress = 4.0, 5, True
-    with pytest.raises(run_lib.RunError) as caught:
+    with pytest.raises(workdirs.RunError) as caught:
         fit.train_and_evaluate(config, str(copy), "")
     assert "loss.gamma_neg, seed." in str(caught.value)
     assert "progress" not in str(caught.value)
@@ -186,10 +187,10 @@ def test_a_key_that_came_later_has_its_default(copy):
     saved = json.loads(path.read_text())
     del saved["train.matmul_precision"]
     path.write_text(json.dumps(saved))
-    config = config_lib.restore(run_lib.saved_config(str(copy)))
+    config = config_lib.restore(workdirs.saved_config(str(copy)))
     assert fit.train_and_evaluate(config, str(copy), "again") is None
     config.train.matmul_precision = "bfloat16"
-    with pytest.raises(run_lib.RunError, match="train.matmul_precision"):
+    with pytest.raises(workdirs.RunError, match="train.matmul_precision"):
         fit.train_and_evaluate(config, str(copy), "")
 
 
@@ -224,8 +225,8 @@ def test_the_loss_in_bfloat16_is_that_in_float32(tmp_path):
 
 def test_a_folder_with_other_things_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(run_lib.RunError, match=r"not empty .*thesis\.tex"):
-        run_lib.claim(running.tiny_config(), str(tmp_path))
+    with pytest.raises(workdirs.RunError, match=r"not empty .*thesis\.tex"):
+        workdirs.claim(running.tiny_config(), str(tmp_path))
 
 
 def test_eval_reproduces_the_row_exactly(copy, capsys):
@@ -426,7 +427,7 @@ def test_a_foreign_folder_as_checkpoint(copy):
 
 
 def test_no_run_and_no_checkpoint(tmp_path, copy):
-    with pytest.raises(run_lib.RunError, match="holds no run"):
+    with pytest.raises(workdirs.RunError, match="holds no run"):
         run_lib.evaluate_checkpoint(str(tmp_path), None, "eval")
     shutil.rmtree(copy / "checkpoints")
     with pytest.raises(checkpoints.CheckpointError, match="train there first"):
@@ -435,7 +436,7 @@ def test_no_run_and_no_checkpoint(tmp_path, copy):
 
 def test_a_diverging_run_says_so(tmp_path):
     config = running.tiny_config(**{"optim.learning_rate": 1e30}, **running.HALF)
-    with pytest.raises(run_lib.RunError, match=r"not finite .*learning_rate"):
+    with pytest.raises(workdirs.RunError, match=r"not finite .*learning_rate"):
         fit.train_and_evaluate(config, str(tmp_path / "run"), "test")
 
 
@@ -445,9 +446,9 @@ def line(epoch: int, score: float | None, rule: str = "noisy_val") -> dict:
 
 def test_the_earlier_of_equal_epochs_is_chosen():
     history = [line(1, 0.2), line(2, 0.4), line(3, None), line(4, 0.4)]
-    assert run_lib.choose_epoch(history) == 2
-    assert run_lib.choose_epoch([line(1, None), line(2, None)]) == 2
-    assert run_lib.choose_epoch([line(1, None, "last"), line(2, None, "last")]) == 2
+    assert workdirs.choose_epoch(history) == 2
+    assert workdirs.choose_epoch([line(1, None), line(2, None)]) == 2
+    assert workdirs.choose_epoch([line(1, None, "last"), line(2, None, "last")]) == 2
 
 
 def test_patience_counts_evaluations_after_the_best():
@@ -605,7 +606,7 @@ def test_forward_correction_without_information_is_refused(tmp_path):
         **{"loss.name": "forward", "noise.kind": "ncar", "noise.rate": 0.5}
     )
     with pytest.raises(
-        run_lib.RunError, match=r"r0=0\.4.* no information: choose .* than forward"
+        workdirs.RunError, match=r"r0=0\.4.* no information: choose .* than forward"
     ):
         fit.train_and_evaluate(config, str(tmp_path / "run"), "test")
 
