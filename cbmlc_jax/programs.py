@@ -139,6 +139,7 @@ def _mixture(system: systems.Mixture, params, meta: models.Meta) -> Program:
 
 def _stack(system: systems.Stack, params, meta: models.Meta) -> Program:
     """`Stack.scores`."""
+    system.check(params)
     tops = {f"stack/{k}": _neural(system.top, v) for k, v in params["stack"].items()}
     weights, parts = {}, []
     for name, top in tops.items():

@@ -260,6 +260,10 @@ class Mixture:
         return self.scores(variables, inputs), None
 
 
+class VariablesError(ValueError):
+    """Variables of another version; the message says what to do."""
+
+
 class Stack:
     """Neural models that read the scores of other systems, `models.stack`.
 
@@ -289,7 +293,12 @@ class Stack:
         self.top = Neural(config, meta, [1], graph)
 
     def scores(self, variables: PyTree, inputs: pipeline.Inputs) -> Scores:
-        """float32 [N, L], in the order of `inputs`."""
+        """float32 [N, L], in the order of `inputs`.
+
+        Raises:
+            VariablesError: see `check`.
+        """
+        self.check(variables)
         told = [
             calibrated(
                 member.scores(variables["members"][name], inputs),
@@ -305,6 +314,14 @@ class Stack:
     ) -> tuple[Scores, Decoded]:
         """Scores; a stack decodes nothing itself."""
         return self.scores(variables, inputs), None
+
+    def check(self, variables: PyTree) -> None:
+        """Raises VariablesError where the variables are of a version before 0.3.0."""
+        if "calibration" not in variables:
+            raise VariablesError(
+                "this stack was trained by a version before 0.3.0: train it again, in "
+                "another --workdir"
+            )
 
 
 def _members(config, meta, widths, graph) -> dict[str, System]:

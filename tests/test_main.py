@@ -164,6 +164,32 @@ def test_every_config_is_valid_and_whole(path, preset):
 QUICK = {("bibtex", "robust"), ("emotions", ""), ("voc", "")}
 
 
+# What is not in the paper, and off in its configs -> its value in `robust`.
+ADDED = {
+    "loss.name": ("asl", "forward"),
+    "model.linear_path": (False, True),
+    "model.token_dropout": (0.0, 0.3),
+    "noise.by_row": (False, True),
+    "optim.averaging": (0.0, 0.99),
+    "train.crossfit": (0, 0),
+}
+
+
+MIXTURE = (running.ROOT / "configs" / "bibtex.py", "mixture")
+
+
+@pytest.mark.parametrize(("path", "preset"), [*CONFIGS, MIXTURE], **NAMES)
+def test_what_is_not_in_the_paper_is_off_but_in_robust_and_mixture(path, preset):
+    flat = config_lib.flatten(load_config(path, preset))
+    on = preset in ("robust", "mixture")
+    assert {key: flat[key] for key in ADDED} == {
+        key: values[on] for key, values in ADDED.items()
+    } | ({"train.crossfit": 5} if preset == "mixture" else {})
+    if path.stem == "bibtex":
+        assert flat["model.encoder.self_attention"] != on
+        assert flat["model.name"] == ("mixture" if preset == "mixture" else "cbmlc")
+
+
 @pytest.mark.parametrize(
     ("path", "preset"),
     [

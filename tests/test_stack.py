@@ -176,5 +176,8 @@ def test_a_stack_goes_from_config_to_prediction(tmp_path, capsys, monkeypatch):
     ]
     assert np.abs(by_hand[0] - by_hand[1]).max() > 1e-3
     np.testing.assert_allclose(scores, np.mean(by_hand, 0), rtol=1e-4, atol=1e-6)
+    before = {"members": params["members"], "stack": params["stack"]["1"]}
+    with pytest.raises(systems.VariablesError, match="before 0.3.0: train it again"):
+        run.system.scores(before, some)
     run_lib.evaluate_checkpoint(workdir, None, "test")
     assert "exactly" in capsys.readouterr().out
