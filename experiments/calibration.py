@@ -20,7 +20,7 @@ import io
 import json
 import os
 
-from cbmlc_jax import calibration, errors, files, rules, task, validation, workdirs
+from cbmlc_jax import calibration, errors, files, task, validation, workdirs
 from cbmlc_jax.evaluate import Validation
 from cbmlc_jax.thresholds import Rates
 from experiments.figures import COLOURS, SIZE, STYLE
@@ -35,7 +35,7 @@ def compare(kept: Validation, clean) -> list[dict]:
         kept: its validation rows.
         clean: uint8 [N, L] their clean labels.
     """
-    rates = rules.rates_of(kept, "corrected_val")
+    rates = kept.rates_for("corrected_val")
     lines = []
     for kind in ("none", *calibration.KINDS):
         p = calibration.cross_fitted(kind, kept.scores, kept.labels, rates)
