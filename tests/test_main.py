@@ -143,6 +143,9 @@ def test_config_survives_its_json():
     assert config_lib.flatten(config_lib.restore(flat)) == flat
     with pytest.raises(config_lib.ConfigError, match="another version: old.key"):
         config_lib.restore({"old.key": 1})
+    old = flat | dict.fromkeys(config_lib.RETIRED, True)
+    assert config_lib.flatten(config_lib.restore(old)) == flat
+    assert config_lib.differences(flat, old) == []
 
 
 NAMES = {"ids": lambda x: getattr(x, "stem", x or "paper")}
