@@ -124,6 +124,7 @@ def base() -> ml_collections.ConfigDict:
     c.loss.splc_threshold = 0.6  # tau of splc: a likelier negative counts as positive
     c.loss.positive_margin = 1.0  # of the positives' logits in hill and splc
     c.loss.positive_gamma = 2.0  # their focusing
+    c.loss.lost_labels = False  # forward with noise.by_row: P(1->0) of all rows, too
     c.loss.rejected_per_epoch = 0.002  # large_loss: share of entries, times epoch - 1
 
     c.optim = ml_collections.ConfigDict()

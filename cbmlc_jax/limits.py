@@ -209,6 +209,7 @@ PUBLISHED = {
         "model.num_blocks": 1,
         "model.intermediate_weight": 0.0,
         "loss.name": "forward",
+        "loss.lost_labels": True,
         "optim.learning_rate": 1e-3,
         "optim.weight_decay": 1e-2,
         "optim.decoupled": True,

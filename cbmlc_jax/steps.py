@@ -15,7 +15,7 @@ from jaxtyping import Array, PyTree
 from cbmlc_jax import losses, optim, rngs, systems
 from cbmlc_jax.models import BACKBONES, CONSTANT, OWN_OBJECTIVE, create_backbone
 from cbmlc_jax.parallel import gathered, mean, total
-from cbmlc_jax.thresholds import Rates
+from cbmlc_jax.thresholds import LEAST_INFORMATION, Rates
 
 
 @flax.struct.dataclass
@@ -63,14 +63,18 @@ def element_losses(
         epoch: int32 [], from 1, for the losses that change their mind about labels.
         rates: noise rates of the training labels, for `forward`.
         gather: an array of this device -> those of all devices, for `large_loss`.
-        added: [B] rates of the rows; `forward` then takes them for r0 and 0 for r1, so
-            that p is the probability of a label that holds and was kept.
+        added: [B] rates of the rows; `forward` then takes them for r0, and for r1 that
+            of all rows where config.loss.lost_labels, else 0, so that p is the
+            probability of a label that holds and was kept.
     """
     if settings.name == "bce":
         return losses.bce(logits, labels)
     if settings.name == "forward":
         if added is not None:
-            return losses.forward(logits, labels, added[:, None], 0.0)
+            lost = rates.r1 if settings.lost_labels else 0.0
+            # A row with no information left would turn the gradient round.
+            lost = jnp.minimum(lost, 1 - LEAST_INFORMATION - added[:, None])
+            return losses.forward(logits, labels, added[:, None], jnp.maximum(lost, 0))
         return losses.forward(logits, labels, rates.r0, rates.r1)
     if settings.name == "large_loss":
         share = losses.large_loss_share(epoch, settings.rejected_per_epoch)
@@ -215,8 +219,10 @@ def step_constants(config, graph, word_vectors: Array, rates: Rates) -> dict:
         config: gives the seed.
         graph: as `systems.Neural` has it.
         word_vectors: float32 [L, P] of the labels, for the context loss.
-        rates: noise rates of the training labels.
+        rates: noise rates of the training labels; 0 where they are not usable, which
+            only a loss with rates by row gets as far as.
     """
+    rates = rates if rates.usable else Rates(0.0, 0.0)
     return {
         "graph": graph,
         "word_vectors": word_vectors,

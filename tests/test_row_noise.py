@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import running
@@ -118,6 +120,17 @@ def test_the_rates_reach_the_loss_of_their_rows():
     args = (c, logits, labels, mask, 1, rates, lambda x: x)
     expected = losses.forward(logits, labels, added[:, None], 0.0)
     np.testing.assert_allclose(steps.element_losses(*args, added), expected)
+    c.lost_labels = True
+    expected = losses.forward(logits, labels, added[:, None], 0.3)
+    np.testing.assert_allclose(steps.element_losses(*args, added), expected)
+    many = np.array([0.0, 0.1, 0.8, 0.97], np.float32)  # information is left: .05
+    lost = np.array([0.3, 0.3, 0.15, 0.0], np.float32)
+    expected = losses.forward(logits, labels, many[:, None], lost[:, None])
+    np.testing.assert_allclose(steps.element_losses(*args, many), expected, rtol=1e-5)
+    for doubt, r1 in (("", 0.3), ("too few", 0.0)):
+        unsure = dataclasses.replace(rates, doubt=doubt)
+        found = steps.step_constants(config_lib.base(), None, None, unsure)
+        assert found["rates"][1] == r1
 
     split = running_split(added)
     plan = pipeline.plan_batches(split.inputs.lengths, 3, [8])
