@@ -14,7 +14,7 @@ PURE = {"rngs": set(), "losses": set(), "metrics": set(), "limits": set()}
 ALLOWED = PURE | {
     "config": {"limits"},
     "grids": {"config"},
-    "noise": {"rngs"},
+    "noise": set(),
     "embeddings": {"rngs"},
     "thresholds": {"metrics"},
     "optim": set(),
@@ -38,11 +38,11 @@ ALLOWED = PURE | {
     },
     "anchors": set(),
     "rates": {"anchors", "thresholds"},
-    "evaluate": {"metrics", "thresholds"},
+    "evaluate": {"calibration", "decision", "metrics", "thresholds"},
     "decision": set(),
     "validation": {"evaluate", "files", "thresholds"},
     "calibration": {"decision", "thresholds"},
-    "rules": {"calibration", "decision", "evaluate", "thresholds"},
+    "rules": {"decision", "evaluate", "thresholds"},
     "details": {"metrics", "thresholds"},
     "files": set(),
     "weights": set(),
@@ -53,6 +53,7 @@ ALLOWED = PURE | {
         "backbones",
         "config",
         "data",
+        "decision",
         "mixture",
         "models",
         "parallel",
@@ -60,8 +61,8 @@ ALLOWED = PURE | {
     },
     "results": {"config", "metrics", "task", "thresholds"},
     "reading": {"data"},
+    "workdirs": {"checkpoints", "config", "files", "validation"},
     "run": {
-        "checkpoints",
         "config",
         "data",
         "details",
@@ -77,6 +78,7 @@ ALLOWED = PURE | {
         "task",
         "thresholds",
         "validation",
+        "workdirs",
     },
     "fit": {
         "checkpoints",
@@ -91,6 +93,7 @@ ALLOWED = PURE | {
         "systems",
         "task",
         "train",
+        "workdirs",
     },
     "steps": {
         "losses",
@@ -109,6 +112,7 @@ ALLOWED = PURE | {
         "progress",
         "run",
         "steps",
+        "workdirs",
     },
     "predict": {
         "calibration",
@@ -119,10 +123,10 @@ ALLOWED = PURE | {
         "models",
         "reading",
         "rules",
-        "run",
         "systems",
         "task",
         "validation",
+        "workdirs",
     },
     "describe": {"config", "data", "embeddings", "files", "run", "task"},
     "issues": {"rates", "row_noise", "thresholds"},
@@ -138,19 +142,21 @@ ALLOWED = PURE | {
         "repair",
         "run",
         "task",
+        "workdirs",
     },
-    "run_files": {"files", "run"},
+    "run_files": {"files", "workdirs"},
     "targets": {"data"},
     "classifier": {
         "config",
         "data",
+        "decision",
         "fit",
         "predict",
         "rules",
         "run",
         "run_files",
         "targets",
-        "thresholds",
+        "workdirs",
     },
     "estimators": {"classifier"},
     "artefact": {"data"},
@@ -165,7 +171,6 @@ ALLOWED = PURE | {
         "programs",
         "results",
         "rules",
-        "run",
         "task",
     },
     "main": {
@@ -181,7 +186,16 @@ ALLOWED = PURE | {
         "replicas",
         "run",
     },
-    "replicas": {"checkpoints", "config", "fit", "grids", "processes", "run", "train"},
+    "replicas": {
+        "checkpoints",
+        "config",
+        "fit",
+        "grids",
+        "processes",
+        "run",
+        "train",
+        "workdirs",
+    },
 }
 
 
@@ -208,6 +222,12 @@ def test_imports_follow_the_direction(name):
     assert files
     for file in files:
         assert imported(file) <= ALLOWED[name] | {name}, file
+
+
+def test_every_module_is_listed():
+    modules = {p.stem for p in PACKAGE.glob("*.py")} - {"__init__"}
+    packages = {p.parent.name for p in PACKAGE.glob("*/__init__.py")}
+    assert modules | packages == set(ALLOWED)
 
 
 def test_only_parallel_says_pmap():
