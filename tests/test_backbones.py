@@ -53,7 +53,13 @@ def close(found, expected):
     np.testing.assert_allclose(found / scale, expected / scale, atol=1e-4)
 
 
-@pytest.mark.parametrize("size", make_resnet.SIZES)
+@pytest.mark.parametrize(
+    "size",
+    [
+        pytest.param(n, marks=[pytest.mark.slow] if n > 50 else [])
+        for n in make_resnet.SIZES
+    ],
+)
 def test_resnet_is_torchvisions(size):
     network = resnet.ResNet(size)
     variables = golden_variables(network)

@@ -292,7 +292,9 @@ def test_pipeline_grid_search_and_cross_validation(data):
     np.testing.assert_allclose(scores[held_out], alone.predict_proba(texts[held_out]))
 
 
-@pytest.mark.parametrize("make", [linear, kernel, neural, stack])
+@pytest.mark.parametrize(
+    "make", [linear, kernel, pytest.param(neural, marks=pytest.mark.slow), stack]
+)
 def test_a_saved_estimator_predicts_the_same(make, data, tmp_path, monkeypatch):
     x, y, test = data
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
