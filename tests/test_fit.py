@@ -248,13 +248,14 @@ PARAMS = {
 }
 
 
-SLOW = ("lamp", "mpvae", "seq2seq")
+SLOW = ("cbmlc", "lamp", "mpvae", "seq2seq")
 
 
 @pytest.mark.parametrize(
     "name",
     [
-        # LaMP is CbMLC with other settings; the other two have test files of their own.
+        # CbMLC is what test_train.py and test_predict.py train, LaMP is that with other
+        # settings; the other two have test files of their own.
         pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
         for name in sorted(SMALL)
     ],

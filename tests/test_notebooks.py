@@ -109,7 +109,9 @@ def test_quick_start(execute):
     assert len(said) == 2 and said[0] != said[1]
 
 
+@pytest.mark.slow
 def test_own_data(execute):
+    """docs/own_data.md runs the same steps, in short."""
     names, shown = execute("02_own_data.ipynb")
     found, wrong = names["found"], names["wrong"]
     # What the text says: suspects are mostly planted, far more often than by chance.
