@@ -8,6 +8,10 @@ the first for a likelihood (temperature, platt), the second for means (isotonic,
 reliability table).  Both need rates that do not depend on the score given the clean
 label; rates of 0 take the labels as they are.
 
+Where each row kept one of its m labels (type 3 noise), r1 depends on the row: a label
+of a row of one is never lost, and those are the easy ones, with the highest scores.
+`row_sizes` says what m was.
+
 Entries with a score of exactly 0 are left out: those that the data say to ignore.
 """
 
@@ -29,20 +33,24 @@ EDGES = (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
 # Logits are counted in so many steps of 1/256 from -16 to 16: fits then take the same
 # time for a thousand and for a hundred million entries.
 _STEPS = 8192
+_ROUNDS = 8  # of `row_sizes`
 
 
 @dataclasses.dataclass(frozen=True)
 class _Counted:
-    """Entries by score: attributes logit (mean), entries, positives; each [K]."""
+    """Entries by score: attributes logit (mean), entries, positives (weighted); each
+    [K]."""
 
     logit: np.ndarray
     entries: np.ndarray
     positives: np.ndarray
 
 
-def _counted(scores: np.ndarray, noisy: np.ndarray) -> _Counted:
-    used = scores > 0
-    z, y = logit(scores[used]), noisy[used] != 0
+def _counted(
+    scores: np.ndarray, noisy: np.ndarray, sizes: np.ndarray | None = None
+) -> _Counted:
+    used, on = scores > 0, noisy != 0
+    z, y = logit(scores[used]), (on if sizes is None else on * sizes[:, None])[used]
     step = np.clip((z + 16) * (_STEPS / 32), 0, _STEPS - 1).astype(np.int64)
     entries = np.bincount(step, minlength=_STEPS)
     there = entries > 0
@@ -56,26 +64,30 @@ def fit(
     scores: Float[np.ndarray, "rows labels"],
     noisy: Int[np.ndarray, "rows labels"],
     rates: Rates,
+    sizes: Float[np.ndarray, " rows"] | None = None,
 ) -> Calibration:
     """A calibration of all labels together.
 
     temperature: p = sigmoid(z / T), z the logit of the score, T by maximum likelihood
     of the noisy labels; platt: sigmoid(a z + b), likewise.  isotonic: the ascending
-    step function nearest to (y - r0) / (1 - r0 - r1) in squares, held in [0, 1].
+    step function nearest to (y - r0) / (1 - r0 - r1) in squares, held in [0, 1]; to
+    m y where sizes m are given.
 
     Args:
         kind: one of KINDS.
         scores: [N, L] on validation rows.
         noisy: [N, L] their labels.
         rates: of the noise.
+        sizes: [N] of `row_sizes`, for isotonic alone; None: other noise.
 
     References:
         Guo et al. 2017, On calibration of modern neural networks; Platt 1999; Zadrozny
         and Elkan 2002.  The likelihood of noisy labels: Patrini et al. 2017, forward.
     """
-    counted = _counted(scores, noisy)
     if kind == "isotonic":
-        return Calibration(kind, knots=_isotonic(counted, rates))
+        known = rates if sizes is None else Rates(0.0, 0.0)
+        return Calibration(kind, knots=_isotonic(_counted(scores, noisy, sizes), known))
+    counted = _counted(scores, noisy)
     total = counted.entries.sum()
 
     def loss(at: np.ndarray) -> float:
@@ -105,6 +117,67 @@ def _isotonic(counted: _Counted, rates: Rates) -> tuple[tuple[float, float], ...
     model.fit(score, target, sample_weight=counted.entries)
     pairs = zip(model.X_thresholds_, model.y_thresholds_, strict=True)
     return tuple((float(x), float(y)) for x, y in pairs)
+
+
+def one_was_kept(noisy: Int[np.ndarray, "rows labels"], rates: Rates) -> bool:
+    """Whether these are labels of which each row kept one (type 3 noise).
+
+    r0 = 0, no row has two, and fewer than r1 / 2 of the rows have none: where labels
+    are lost one by one, a row's only one is, too.
+    """
+    count = (noisy != 0).sum(1)
+    single = count.max(initial=0) == 1 < noisy.shape[1]
+    return bool(single and rates.r0 == 0 and (count == 0).mean() < rates.r1 / 2)
+
+
+def row_sizes(
+    scores: Float[np.ndarray, "rows labels"],
+    noisy: Int[np.ndarray, "rows labels"],
+    rates: Rates,
+) -> Float[np.ndarray, " rows"] | None:
+    """How many labels each row had, before all but one were lost.
+
+    The label of a row of m labels was kept with probability 1 / m, so that it stands
+    for m of them (inverse probability weighting).  m is not seen, but its mean is
+    1 / (1 - r1), and the rows' sums of probabilities say how it varies:
+
+        m_i = max(1, a sum_l p_il),   a such that the mean over rows is 1 / (1 - r1)
+
+    The probabilities are isotonic ones, of which each label counts m times; they and m
+    are computed in turns, _ROUNDS times, from m = 1 / (1 - r1).
+
+    Args:
+        scores: [N, L] on validation rows.
+        noisy: [N, L] their labels.
+        rates: of the noise.
+
+    Returns:
+        float64 [N], at least 1; None unless `one_was_kept`.
+
+    References:
+        Horvitz and Thompson 1952, A generalization of sampling without replacement
+        from a finite universe.
+    """
+    if not one_was_kept(noisy, rates):
+        return None
+    mean, used = 1 / rates.information, scores > 0
+    sizes = np.full(len(noisy), mean)
+    for _ in range(_ROUNDS if (noisy != 0)[used].any() else 0):
+        found = fit("isotonic", scores, noisy, rates, sizes).apply(scores)
+        sizes = at_least_one(np.where(used, found, 0).sum(1), mean)
+    return sizes
+
+
+def at_least_one(
+    values: Float[np.ndarray, " n"], mean: float
+) -> Float[np.ndarray, " n"]:
+    """max(1, a values) with the a that gives it that mean, which is above 1."""
+
+    def excess(factor: float) -> float:
+        return np.maximum(1, factor * values).mean() - mean
+
+    factor = scipy.optimize.brentq(excess, 0, 2 * mean / values.mean())
+    return np.maximum(1, factor * values)
 
 
 def reliability(

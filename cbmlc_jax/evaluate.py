@@ -46,7 +46,12 @@ class Validation:
         if protocol == "corrected_val" and not self.labels_are_clean:
             if self.rates.usable:
                 curves = thresholds.corrected_curves(
-                    self.scores, self.labels, self.prior, self.rates, self.grid
+                    self.scores,
+                    self.labels,
+                    self.prior,
+                    self.rates,
+                    self.grid,
+                    calibration.row_sizes(self.scores, self.labels, self.rates),
                 )
                 return curves, protocol
             protocol = "noisy_val"
@@ -60,7 +65,11 @@ class Validation:
     def calibrate(self, kind: str, protocol: str) -> Calibration:
         """Scores to probabilities, fitted on the labels as a protocol sees them."""
         labels = self.clean if protocol == "clean_val" else self.labels
-        return calibration.fit(kind, self.scores, labels, self.rates_for(protocol))
+        rates = self.rates_for(protocol)
+        sizes = None
+        if kind == "isotonic":
+            sizes = calibration.row_sizes(self.scores, labels, rates)
+        return calibration.fit(kind, self.scores, labels, rates, sizes)
 
     def per_label(self, protocol: str) -> np.ndarray:
         """A threshold for each label, by a validation protocol; see

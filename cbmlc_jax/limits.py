@@ -215,6 +215,6 @@ PUBLISHED = {
         "optim.decoupled": True,
         "optim.averaging": 0.99,
         "train.batch_size": 64,
-        "train.num_epochs": 4,
+        "train.num_epochs": 8,
     },
 }

@@ -142,13 +142,16 @@ class _Corrected:
     row_predicted: np.ndarray  # [T, N]
 
 
-def _corrected(scores, noisy, prior, rates, grid) -> _Corrected:
+def _corrected(scores, noisy, prior, rates, grid, sizes) -> _Corrected:
     if not rates.usable:
         raise ValueError(
             f"the noise rates r0={rates.r0:.3f}, r1={rates.r1:.3f} leave no "
             f"information (1 - r0 - r1 < {LEAST_INFORMATION})"
         )
-    clean = (noisy - rates.r0) / rates.information
+    if sizes is None:
+        clean = (noisy - rates.r0) / rates.information
+    else:
+        clean = (noisy != 0) * sizes[:, None]
     share = np.clip((prior - rates.r0) / rates.information, 0, 1)
     return _Corrected(
         hits=above(scores, clean, 0, grid),
@@ -165,6 +168,7 @@ def corrected_curves(
     prior: Float[np.ndarray, " labels"],
     rates: Rates,
     grid: np.ndarray = GRID,
+    sizes: Float[np.ndarray, " rows"] | None = None,
 ) -> dict[str, Float[np.ndarray, " thresholds"]]:
     """Estimates of the F1 curves against the unseen clean labels, each [T].
 
@@ -180,17 +184,21 @@ def corrected_curves(
     a validation estimate by a tenth where positives are few.  |y_i| is replaced by
     its mean because sum_l c_il is correlated with the numerator.
 
+    Where each row kept one of its m_i labels, c = m_i noisy: r1 is no property of the
+    label there, a row's only label is never lost.
+
     Args:
         scores: [N, L] on validation rows.
         noisy: [N, L] their noisy labels.
         prior: [L] mean noisy label of the training rows.
         rates: noise rates of the training rows.
         grid: [T], ascending.
+        sizes: [N] m_i, of `calibration.row_sizes`; None: other noise.
 
     Raises:
         ValueError: the rates leave no information.
     """
-    c = _corrected(scores, noisy, prior, rates, grid)
+    c = _corrected(scores, noisy, prior, rates, grid, sizes)
     return {
         "ebF1": _corrected_example(c),
         "miF1": _ratio(c.hits.sum(1), c.predicted.sum(1) + c.positives.sum()),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 import running
 
-from cbmlc_jax import calibration, evaluate, fit, predict
+from cbmlc_jax import calibration, evaluate, fit, noise, predict, thresholds
 from cbmlc_jax.decision import Calibration, Decision, logit
 from cbmlc_jax.rules import Rule, RuleError
 from cbmlc_jax.thresholds import Rates
@@ -177,3 +178,70 @@ def test_a_reliability_plot_is_the_same_twice(data):
     first, second = (experiment.figure(lines, "run", "svg") for _ in range(2))
     assert first == second and b"<svg" in first
     assert experiment.figure(lines, "run", "png").startswith(b"\x89PNG")
+
+
+def test_at_least_one_by_hand():
+    """.5, 2 and 4 to a mean of 2: 1, 2 a and 4 a are 6 together, a = 5 / 6."""
+    found = calibration.at_least_one(np.array([0.5, 2.0, 4.0]), 2.0)
+    np.testing.assert_allclose(found, [1, 10 / 6, 20 / 6])
+
+
+def test_which_labels_are_those_of_which_one_was_kept():
+    one, rates = np.eye(4, dtype=np.uint8), Rates(0.0, 0.4)
+    assert calibration.one_was_kept(one, rates)
+    assert not calibration.one_was_kept(one, Rates(0.01, 0.4))  # labels were added
+    assert not calibration.one_was_kept(one, NONE)  # rows have one label and no more
+    two, empty = one.copy(), one.copy()
+    two[0, 1], empty[0] = 1, 0
+    assert not calibration.one_was_kept(two, rates)
+    assert not calibration.one_was_kept(empty, rates)  # .25 >= .2: lost one by one
+    assert not calibration.one_was_kept(one[:, :1], rates)
+    assert not calibration.one_was_kept(0 * one, rates)
+    sizes = calibration.row_sizes(np.zeros((4, 4)), one, rates)
+    np.testing.assert_allclose(sizes, 1 / 0.6)  # nothing is known of the rows
+
+
+@pytest.fixture(scope="module")
+def kept():
+    """Four rows in five have one label, which is easy, the others four, which are not;
+    one of each is kept."""
+    random = np.random.default_rng(0)
+    hard = random.random(4000) < 0.2
+    order = random.random((4000, 30)).argsort(1)
+    clean = (order < np.where(hard, 4, 1)[:, None]).astype(np.uint8)
+    logits = np.where(clean == 1, np.where(hard[:, None], 0.0, 4.0), -4.0)
+    scores = 1 / (1 + np.exp(-logits - random.normal(size=clean.shape)))
+    noisy = noise.inject(jax.random.key(0), clean, "single_positive")
+    rates = Rates(0.0, 1 - noisy.sum() / clean.sum())
+    return evaluate.Validation(
+        scores, noisy, clean, noisy.mean(0), rates, grid=thresholds.FINE_GRID
+    )
+
+
+def test_sizes_of_rows_of_which_one_label_was_kept(kept):
+    sizes = calibration.row_sizes(kept.scores, kept.labels, kept.rates)
+    many = kept.clean.sum(1) == 4
+    assert sizes.mean() == pytest.approx(1 / kept.rates.information)
+    assert sizes[many].mean() > 3 and sizes[~many].mean() < 1.25
+
+
+def test_rows_of_one_label_do_not_draw_the_threshold_up(kept):
+    """Among the highest scores nothing was lost: by a common r1 their corrected share
+    of positives is above 1, and the threshold that seems best takes them alone."""
+    truth = thresholds.f1_curves(kept.scores, kept.clean, kept.grid)["miF1"]
+    by_size = kept.curves("corrected_val")[0]["miF1"]
+    by_r1 = thresholds.corrected_curves(
+        kept.scores, kept.labels, kept.prior, kept.rates, kept.grid
+    )["miF1"]
+    assert truth[by_size.argmax()] > truth.max() - 0.02
+    assert truth[by_r1.argmax()] < truth.max() - 0.05
+
+
+def test_probabilities_where_one_label_was_kept(kept):
+    """Those of hard labels are nearer to the truth than by a common r1."""
+    found = kept.calibrate("isotonic", "corrected_val").apply(kept.scores)
+    by_r1 = calibration.fit("isotonic", kept.scores, kept.labels, kept.rates)
+    middle = (kept.scores > 0.2) & (kept.scores < 0.8)
+    share = kept.clean[middle].mean()
+    assert found[middle].mean() > share - 0.2
+    assert by_r1.apply(kept.scores)[middle].mean() < share - 0.4

@@ -234,6 +234,31 @@ def test_correction_is_unbiased_over_noise_draws():
     assert np.abs(error[:20]).max() < 0.02
 
 
+def kept_one(clean, random) -> np.ndarray:
+    """Of each row's labels one at random."""
+    order = np.where(clean != 0, random.random(clean.shape), -1)
+    return (clean != 0) & (order == order.max(1, keepdims=True))
+
+
+def test_a_kept_label_stands_for_those_of_its_row():
+    """Mean corrected miF1 of 300 draws of type 3 is the clean one; by r1 it is not."""
+    scores, labels, _ = example(80, 5)
+    labels[:, 0] |= labels.sum(1) == 0
+    sizes, r1 = labels.sum(1).astype(float), 1 - len(labels) / labels.sum()
+    prior, rates = labels.mean(0) * (1 - r1), Rates(0.0, r1)
+    draw, curves = rngs.generator(0, "flips"), {"sizes": [], "r1": []}
+    for _ in range(300):
+        noisy = kept_one(labels, draw)
+        for name, m in (("sizes", sizes), ("r1", None)):
+            found = thresholds.corrected_curves(scores, noisy, prior, rates, sizes=m)
+            curves[name].append(found["miF1"])
+    clean = thresholds.f1_curves(scores, labels)["miF1"]
+    error = {name: np.mean(c, 0) - clean for name, c in curves.items()}
+    spread = np.std(curves["sizes"], 0) / np.sqrt(300)
+    assert (np.abs(error["sizes"]) < 5 * spread + 1e-12).all()
+    assert np.abs(error["r1"]).max() > 0.04 > 5 * np.abs(error["sizes"]).max()
+
+
 # Type 1 at 5 % and type 2 at 50 %, the ends of the paper's text levels.
 SIMULATED = {"type 1": (0.05, 0.05), "type 2": (0.0, 0.5)}
 
