@@ -36,22 +36,21 @@ class Validation:
     labels_are_clean: bool = False
     grid: np.ndarray = dataclasses.field(default_factory=lambda: thresholds.GRID)
 
-    def curves(self, protocol: str) -> tuple[Curves, str]:
+    def curves(self, protocol: str, by_size: bool = True) -> tuple[Curves, str]:
         """F1 curves over the grid by a protocol, and the protocol that it fell back to.
 
         corrected_val falls back to noisy_val where the rates leave no information.
+        `by_size` False leaves `calibration.row_sizes` out.
         """
         if protocol == "clean_val":
             return thresholds.f1_curves(self.scores, self.clean, self.grid), protocol
         if protocol == "corrected_val" and not self.labels_are_clean:
             if self.rates.usable:
+                sizes = None
+                if by_size:
+                    sizes = calibration.row_sizes(self.scores, self.labels, self.rates)
                 curves = thresholds.corrected_curves(
-                    self.scores,
-                    self.labels,
-                    self.prior,
-                    self.rates,
-                    self.grid,
-                    calibration.row_sizes(self.scores, self.labels, self.rates),
+                    self.scores, self.labels, self.prior, self.rates, self.grid, sizes
                 )
                 return curves, protocol
             protocol = "noisy_val"
@@ -86,8 +85,12 @@ class Validation:
 
 
 def selection_score(validation: Validation, protocol: str) -> tuple[float, str]:
-    """The best miF1 over the thresholds by `protocol`; what chooses an epoch."""
-    curves, used = validation.curves(protocol)
+    """The best miF1 over the thresholds by `protocol`; what chooses an epoch.
+
+    Rows' sizes come from the scores, and models that are compared must not each weigh
+    the rows in its own way.
+    """
+    curves, used = validation.curves(protocol, by_size=False)
     return float(curves["miF1"].max()), used
 
 

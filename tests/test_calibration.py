@@ -233,6 +233,8 @@ def test_rows_of_one_label_do_not_draw_the_threshold_up(kept):
     by_r1 = thresholds.corrected_curves(
         kept.scores, kept.labels, kept.prior, kept.rates, kept.grid
     )["miF1"]
+    score, _ = evaluate.selection_score(kept, "corrected_val")
+    assert score == by_r1.max() != by_size.max()
     assert truth[by_size.argmax()] > truth.max() - 0.02
     assert truth[by_r1.argmax()] < truth.max() - 0.05
 
