@@ -46,7 +46,8 @@ from experiments import measure
 def finished(tmp_path_factory) -> pathlib.Path:
     """A run of three epochs on noisy labels; copy it before changing it."""
     workdir = tmp_path_factory.mktemp("runs") / "finished"
-    config = running.tiny_config(**{"train.num_epochs": 3, "train.keep": 3})
+    changes = {"train.num_epochs": 3, "train.keep": 3}
+    config = running.tiny_config(**changes, **running.HALF)
     fit.train_and_evaluate(config, str(workdir), "test")
     return workdir
 
@@ -328,7 +329,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(copy, tmp_path):
     assert epoch < 3
     before = saved_params(copy, epoch)
     changes = {"train.num_epochs": 3, "train.keep": 3}
-    arguments = [f"--workdir={copy}", *running.flags(**changes)]
+    arguments = [f"--workdir={copy}", *running.flags(**changes, **running.HALF)]
 
     done = running.main(*arguments, largest_file_kb=9)
     running.assert_one_sentence(
