@@ -42,10 +42,16 @@ def train_and_evaluate(config, workdir: str, command: str) -> dict | None:
         The result row, or None where the workdir holds a finished run already.
 
     Raises:
-        RunError: the workdir is of another config, or the loss is not finite.
+        RunError: the workdir is of another config, another process trains there, or the
+            loss is not finite.
         CheckpointError, DataError, EmbeddingError, ProcessError: see there.
     """
     _check_processes(config)
+    with workdirs.held(workdir) if processes.is_first() else contextlib.nullcontext():
+        return _train_and_evaluate(config, workdir, command)
+
+
+def _train_and_evaluate(config, workdir: str, command: str) -> dict | None:
     if not processes.of_first(lambda: workdirs.claim(config, workdir)):
         return None
 

@@ -30,8 +30,8 @@ def train_and_evaluate(config, workdir: str, command: str) -> list[dict]:
         The rows of these seeds.
 
     Raises:
-        RunError: a folder is of another config, the seeds cannot be stacked, or a loss
-            is not finite.
+        RunError: a folder is of another config, another process trains there, the seeds
+            cannot be stacked, or a loss is not finite.
         CheckpointError, DataError, EmbeddingError, ProcessError: see there.
     """
     if jax.process_count() > 1:
@@ -44,6 +44,11 @@ def train_and_evaluate(config, workdir: str, command: str) -> list[dict]:
             f"{workdir} holds a run of one seed: choose another --workdir for "
             f"config.train.num_replicas={config.train.num_replicas}"
         )
+    with workdirs.held(workdir):
+        return _train_and_evaluate(config, workdir, command)
+
+
+def _train_and_evaluate(config, workdir: str, command: str) -> list[dict]:
     runs = []
     for k, one in enumerate(_of_each_seed(config)):
         folder = os.path.join(workdir, str(k))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -16,6 +17,33 @@ from cbmlc_jax import config as config_lib
 
 class RunError(ValueError):
     """A run that cannot start or go on; the message says what to do."""
+
+
+@contextlib.contextmanager
+def held(workdir: str) -> Iterator[None]:
+    """Makes a workdir and keeps other processes that hold it out.
+
+    The lock is on the folder itself; the system takes it back from a process that ends,
+    however it ends.
+
+    Raises:
+        RunError: another process has it.
+    """
+    os.makedirs(workdir, exist_ok=True)
+    folder = os.open(workdir, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"another process is training in {workdir}: wait until it has ended, "
+                "or choose another --workdir"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(folder)
 
 
 def claim(config, workdir: str) -> bool:

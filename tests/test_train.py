@@ -30,6 +30,7 @@ from cbmlc_jax import (
     losses,
     metrics,
     progress,
+    replicas,
     results,
     steps,
     systems,
@@ -230,6 +231,18 @@ def test_a_folder_with_other_things_is_refused(tmp_path):
         workdirs.claim(running.tiny_config(), str(tmp_path))
 
 
+def test_a_folder_belongs_to_one_process_at_a_time(tmp_path):
+    workdir = str(tmp_path / "run")
+    with workdirs.held(workdir):
+        config = running.tiny_config()
+        for train_there in (fit.train_and_evaluate, replicas.train_and_evaluate):
+            with pytest.raises(workdirs.RunError, match="another process is training"):
+                train_there(config, workdir, "")
+        assert os.listdir(workdir) == []
+    with workdirs.held(workdir):
+        pass
+
+
 def test_eval_reproduces_the_row_exactly(copy, capsys):
     row = run_lib.evaluate_checkpoint(str(copy), None, "eval")
     [before] = files.read_jsonl(str(copy / "results.jsonl"))
@@ -274,6 +287,9 @@ def test_six_epochs_and_three_kill_three_give_the_same_bits(tmp_path):
         cwd=running.ROOT,
         env=running.environment(),
     )
+    wait_for_epochs(killed, 1, process)
+    done = running.main(f"--workdir={killed}", *arguments)
+    running.assert_one_sentence(done, "another process is training in", "--workdir")
     wait_for_epochs(killed, 3, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
