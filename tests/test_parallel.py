@@ -29,7 +29,7 @@ def float64():
 def tiny_config(changes: dict):
     c = config_lib.base()
     c.model.width, c.model.ffn_width, c.model.num_heads = 8, 16, 2
-    c.model.encoder.layers = 1
+    c.model.encoder.layers = c.model.num_blocks = 1
     c.model.dropout = 0.3
     c.loss.cb_weight = 0.3
     c.optim.learning_rate, c.optim.weight_decay = 1e-2, 1e-3
