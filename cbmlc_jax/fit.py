@@ -47,6 +47,7 @@ def train_and_evaluate(config, workdir: str, command: str) -> dict | None:
         CheckpointError, DataError, EmbeddingError, ProcessError: see there.
     """
     _check_processes(config)
+    workdirs.check_single(config)
     with workdirs.held(workdir) if processes.is_first() else contextlib.nullcontext():
         return _train_and_evaluate(config, workdir, command)
 

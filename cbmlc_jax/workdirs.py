@@ -55,7 +55,6 @@ def claim(config, workdir: str) -> bool:
     Raises:
         RunError: the workdir is of another config, or holds something else.
     """
-    check_single(config)
     os.makedirs(workdir, exist_ok=True)
     path = os.path.join(workdir, "config.json")
     mine = config_lib.flatten(config)
