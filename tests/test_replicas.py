@@ -75,9 +75,10 @@ def together(tmp_path_factory) -> pathlib.Path:
     return workdir
 
 
-def test_a_seed_is_the_run_of_that_seed(together, tmp_path):
-    alone, one = tmp_path / "alone", together / "1"
-    fit.train_and_evaluate(config_of(1), str(alone), "test")
+@pytest.mark.parametrize("seed", [0, 1])  # that ended first, and that went on alone
+def test_a_seed_is_the_run_of_that_seed(together, tmp_path, seed):
+    alone, one = tmp_path / "alone", together / str(seed)
+    fit.train_and_evaluate(config_of(seed), str(alone), "test")
     both = [files.read_jsonl(str(p / "metrics.jsonl")) for p in (one, alone)]
     for mine, theirs in zip(*both, strict=True):
         assert np.isclose(mine["loss"], theirs["loss"], rtol=1e-5)
