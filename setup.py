@@ -71,7 +71,6 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.6",
-            "scikit-image>=0.25",
         ],
         "bench": ["torch>=2.9"],
     },

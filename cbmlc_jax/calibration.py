@@ -21,7 +21,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-import scipy.optimize
+import scipy  # its optimisers, a third of a second, are imported where they are used
 from jaxtyping import Float, Int
 
 from cbmlc_jax.decision import Calibration, logit

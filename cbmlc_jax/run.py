@@ -29,7 +29,6 @@ from cbmlc_jax import (
 from cbmlc_jax import task as task_lib
 from cbmlc_jax import validation as validation_lib
 from cbmlc_jax.data import pipeline
-from cbmlc_jax.models.baselines.logistic_regression import LogisticRegression
 
 
 @dataclasses.dataclass(frozen=True)
@@ -287,6 +286,9 @@ def held_out_scores(
         noisy: uint8 [N, L] their labels.
         seed: of the folds.
     """
+    # Here: its packages take a second to import.
+    from cbmlc_jax.models.baselines.logistic_regression import LogisticRegression
+
     # Of the C that validation chooses from: in the middle, and the lowest for dense
     # rows, which have many numbers for few rows.
     model = LogisticRegression(1.0 if scipy.sparse.issparse(rows) else 0.1)

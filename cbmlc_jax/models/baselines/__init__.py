@@ -1,18 +1,13 @@
 """The systems that CbMLC is compared with, one file each.
 
 This registry is of those that are fitted in one call; the neural ones are in
-`models.MODELS`.
+`models.MODELS`.  Each is imported where it is asked for: scikit-learn and SciPy's
+optimisers take a third of the time that every other command needs to start.
 """
 
 from __future__ import annotations
 
 from cbmlc_jax.models.baselines.estimator import Estimator
-from cbmlc_jax.models.baselines.kernel_ridge import KernelRidge
-from cbmlc_jax.models.baselines.label_prior import LabelPrior
-from cbmlc_jax.models.baselines.logistic_regression import LogisticRegression
-from cbmlc_jax.models.baselines.lr_knn import LRkNN
-from cbmlc_jax.models.baselines.mlknn import MLkNN
-from cbmlc_jax.models.baselines.sleec import SLEEC
 
 # C of logistic regression, one of which validation chooses.
 COSTS = (0.1, 0.3, 1.0, 3.0, 10.0)
@@ -36,6 +31,8 @@ def _costs(config) -> tuple[float, ...]:
 
 
 def _kernel_ridge(config) -> Candidates:
+    from cbmlc_jax.models.baselines.kernel_ridge import KernelRidge
+
     given = config.kernel_ridge
     penalties = PENALTIES if given.penalty is None else (given.penalty,)
     return [
@@ -44,11 +41,21 @@ def _kernel_ridge(config) -> Candidates:
     ]
 
 
+def _label_prior(config) -> Candidates:
+    from cbmlc_jax.models.baselines.label_prior import LabelPrior
+
+    return [({}, LabelPrior())]
+
+
 def _logistic_regression(config) -> Candidates:
+    from cbmlc_jax.models.baselines.logistic_regression import LogisticRegression
+
     return [({"cost": c}, LogisticRegression(c)) for c in _costs(config)]
 
 
 def _lr_knn(config) -> Candidates:
+    from cbmlc_jax.models.baselines.lr_knn import LRkNN
+
     settings = config.lr_knn
     neighbours = settings.neighbours
     if neighbours is None:
@@ -57,16 +64,20 @@ def _lr_knn(config) -> Candidates:
 
 
 def _mlknn(config) -> Candidates:
+    from cbmlc_jax.models.baselines.mlknn import MLkNN
+
     return [({}, MLkNN(config.mlknn.neighbours, config.mlknn.smoothing))]
 
 
 def _sleec(config) -> Candidates:
+    from cbmlc_jax.models.baselines.sleec import SLEEC
+
     return [({}, SLEEC(**config.sleec, seed=config.seed))]
 
 
 ESTIMATORS = {
     "kernel_ridge": _kernel_ridge,
-    "label_prior": lambda config: [({}, LabelPrior())],
+    "label_prior": _label_prior,
     "logistic_regression": _logistic_regression,
     "lr_knn": _lr_knn,
     "mlknn": _mlknn,
