@@ -439,7 +439,10 @@ def _rescaled(
     if "features" in batch:
         mean, deviation = weights[f"{prefix}mean"], weights[f"{prefix}deviation"]
         return (z - mean[None]) / deviation[None]
-    return _unit(z * weights[f"{prefix}idf"][None])
+    if f"{prefix}idf" in weights:
+        return _unit(z * weights[f"{prefix}idf"][None])
+    z = jnp.where(z > 1, 1 + jnp.log(jnp.maximum(z, 1)), z)
+    return _unit(z * weights[f"{prefix}sublinear_idf"][None])
 
 
 def _matrix(batch: dict[str, Array], size: int) -> Float[Array, "batch features"]:

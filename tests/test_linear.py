@@ -60,7 +60,7 @@ def test_rows_are_tf_idf_of_length_one():
     inputs, _ = separable()
     inputs.data[:5] = 3.0  # counts, too
     mine = linear.rescale(linear.fit_scale(inputs), inputs)
-    theirs = TfidfTransformer().fit_transform(inputs)
+    theirs = TfidfTransformer(sublinear_tf=True).fit_transform(inputs)
     np.testing.assert_allclose(mine.toarray(), theirs.toarray(), rtol=1e-6)
     assert inputs.data[0] == 3.0, "the inputs stay as they are"
 
@@ -115,4 +115,18 @@ def test_weights_are_left_as_they_are():
     np.testing.assert_allclose(found, expected)
     counts = scipy.sparse.csr_array(np.array([[1.0, 0, 1], [1, 2, 0]]))
     scale = linear.fit_scale(counts)
-    np.testing.assert_allclose(scale["idf"], 1 + np.log([3 / 3, 3 / 2, 3 / 2]))
+    idf = 1 + np.log([3 / 3, 3 / 2, 3 / 2])
+    np.testing.assert_allclose(scale["sublinear_idf"], idf)
+    found = linear.rescale(scale, counts).toarray()
+    expected = np.array([[1, 0, 1], [1, 1 + np.log(2), 0]]) * idf
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(found, expected)
+
+
+def test_a_model_of_before_takes_the_counts_themselves():
+    """What 0.4.0 saved has "idf" where inputs were counts."""
+    counts = scipy.sparse.csr_array(np.array([[1.0, 0, 1], [1, 2, 0]]))
+    found = linear.rescale({"idf": np.array([1.0, 2, 3])}, counts).toarray()
+    expected = np.array([[1.0, 0, 3], [1, 4, 0]])
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(found, expected)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from cbmlc_jax.models.baselines.estimator import Estimator
 
 # C of logistic regression, one of which validation chooses.
-COSTS = (0.1, 0.3, 1.0, 3.0, 10.0)
+COSTS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 # Of kernel ridge regression: the more noise, the larger the best one.
 PENALTIES = (1.0, 4.0)
 # Whose `fit` takes weights of rows.

@@ -179,23 +179,39 @@ def _fit_added(rows, labels, added, ignored, cost, varying, found) -> None:
 def fit_scale(inputs: Inputs) -> Params:
     """What `rescale` needs: idf [F] of sparse inputs, mean and deviation of dense.
 
-    idf_f = log((1 + N) / (1 + #{rows with f})) + 1 for counts; 1 where the inputs are
-    weights already, i.e. not whole numbers.
+    idf_f = log((1 + N) / (1 + #{rows with f})) + 1 for counts, under the name
+    "sublinear_idf"; 1, as "idf", where the inputs are weights already, i.e. not whole
+    numbers.
     """
     if scipy.sparse.issparse(inputs):
         if (inputs.data % 1).any():
             return {"idf": np.ones(inputs.shape[1])}
         rows = np.bincount(inputs.indices, minlength=inputs.shape[1])
-        return {"idf": np.log((1 + inputs.shape[0]) / (1 + rows)) + 1}
+        return {"sublinear_idf": np.log((1 + inputs.shape[0]) / (1 + rows)) + 1}
     deviation = inputs.std(0)
     return {"mean": inputs.mean(0), "deviation": np.where(deviation, deviation, 1)}
 
 
 def rescale(scale: Params, inputs: Inputs) -> Inputs:
-    """tf-idf rows of Euclidean length 1, or standardised columns, float64."""
-    if "idf" in scale:
-        rows = inputs.astype(np.float64)
+    """tf-idf rows of Euclidean length 1, or standardised columns, float64.
+
+    tf = 1 + log(count): a word that stands ten times in a text says little more than
+    one that stands there twice.  Models fitted before 0.5.0 have "idf" for counts, too,
+    and take the count itself.
+    """
+    if "mean" in scale:
+        mean, deviation = np.asarray(scale["mean"]), np.asarray(scale["deviation"])
+        return (inputs - mean[None]) / deviation[None]
+    rows = inputs.astype(np.float64)
+    if "sublinear_idf" in scale:
+        rows.data = (
+            sublinear(rows.data) * np.asarray(scale["sublinear_idf"])[rows.indices]
+        )
+    else:
         rows.data = rows.data * np.asarray(scale["idf"])[rows.indices]
-        return normalize(rows, copy=False)
-    mean, deviation = np.asarray(scale["mean"]), np.asarray(scale["deviation"])
-    return (inputs - mean[None]) / deviation[None]
+    return normalize(rows, copy=False)
+
+
+def sublinear(count: np.ndarray) -> np.ndarray:
+    """1 + log(count) above 1, the count itself below."""
+    return np.where(count > 1, 1 + np.log(np.maximum(count, 1)), count)
