@@ -109,6 +109,7 @@ def trained(name: str, system, inputs, labels: int, rng):
         slow("cbmlc", "numbers", EMOTIONS),
         slow("mpvae", "set", {"loss.cb_weight": 0.0}),
         ("logistic_regression", "set", {}),
+        ("logistic_regression", "sequence", {}),  # words that stand there twice
         ("logistic_regression", "weighted", {}),
         ("logistic_regression", "numbers", {}),
         # Of rows without weights many are equally near.
