@@ -40,7 +40,7 @@ from cbmlc_jax import (
 from cbmlc_jax import config as config_lib
 from cbmlc_jax import run as run_lib
 from cbmlc_jax.data import pipeline
-from experiments import measure
+from experiments import epochs, measure
 
 
 @pytest.fixture(scope="module")
@@ -272,6 +272,41 @@ def wait_for_epochs(workdir: pathlib.Path, epochs: int, process) -> None:
             return
         time.sleep(0.02)
     raise AssertionError(f"no checkpoint of epoch {epochs}")
+
+
+def test_every_kept_epoch_is_scored(finished, tmp_path, capsys):
+    target = tmp_path / "epochs.jsonl"
+    epochs.main([str(finished), f"--output={target}"])
+    [line], [row] = map(
+        files.read_jsonl, (str(target), str(finished / "results.jsonl"))
+    )
+    assert [e["epoch"] for e in line["epochs"]] == [1, 2, 3]
+    assert line["command"] == row["command"]
+    chosen = line["epochs"][row["epoch"] - 1]
+    for part in ("metrics", "expected_f1_metrics", "thresholds", "ranking"):
+        assert chosen[part] == row[part], part
+    for name, best in line["own_epoch"]["oracle"].items():
+        values = [e["metrics"]["oracle"][name] for e in line["epochs"]]
+        assert best["value"] == max(values) == values[best["epoch"] - 1]
+    assert "epoch" in capsys.readouterr().out
+    with pytest.raises(workdirs.RunError, match="holds no run"):
+        epochs.measure(str(tmp_path))
+
+
+def test_an_f1_takes_the_epoch_where_validation_has_most_of_it():
+    """The second epoch by validation, though test has more in the third."""
+    names, protocols = ("ebF1", "miF1", "maF1"), thresholds.PROTOCOLS
+    values, best = (0.1, 0.2, 0.3), (0.5, 0.7, 0.7)
+    lines = [
+        {
+            "epoch": i + 1,
+            "metrics": {p: dict.fromkeys(names, values[i]) for p in protocols},
+        }
+        for i in range(3)
+    ]
+    reached = [{p: dict.fromkeys(names, b) for p in protocols} for b in best]
+    found = epochs.own_epochs(lines, reached)
+    assert found["noisy_val"]["maF1"] == {"epoch": 2, "value": 0.2}
 
 
 def test_six_epochs_and_three_kill_three_give_the_same_bits(tmp_path):
