@@ -44,14 +44,17 @@ def train_and_evaluate(config, workdir: str, command: str) -> list[dict]:
             f"{workdir} holds a run of one seed: choose another --workdir for "
             f"config.train.num_replicas={config.train.num_replicas}"
         )
-    with workdirs.held(workdir):
-        return _train_and_evaluate(config, workdir, command)
+    folders = [os.path.join(workdir, str(k)) for k in range(config.train.num_replicas)]
+    with contextlib.ExitStack() as held:
+        # Each seed's, too: a single run can go on in one of them.
+        for folder in (workdir, *folders):
+            held.enter_context(workdirs.held(folder))
+        return _train_and_evaluate(config, folders, command)
 
 
-def _train_and_evaluate(config, workdir: str, command: str) -> list[dict]:
+def _train_and_evaluate(config, folders: list[str], command: str) -> list[dict]:
     runs = []
-    for k, one in enumerate(_of_each_seed(config)):
-        folder = os.path.join(workdir, str(k))
+    for folder, one in zip(folders, _of_each_seed(config), strict=True):
         if workdirs.claim(one, folder):
             with workdirs.released_on_error(folder):
                 runs.append(run_lib.Run(one, folder))

@@ -241,6 +241,10 @@ def test_a_folder_belongs_to_one_process_at_a_time(tmp_path):
         assert os.listdir(workdir) == []
     with workdirs.held(workdir):
         pass
+    with workdirs.held(os.path.join(workdir, "1")):  # a single run of one of the seeds
+        several = running.tiny_config(**{"train.num_replicas": 2})
+        with pytest.raises(workdirs.RunError, match=r"training in .*run.1:"):
+            replicas.train_and_evaluate(several, workdir, "")
 
 
 def test_eval_reproduces_the_row_exactly(copy, capsys):
