@@ -311,6 +311,9 @@ def test_an_f1_takes_the_epoch_where_validation_has_most_of_it():
     reached = [{p: dict.fromkeys(names, b) for p in protocols} for b in best]
     found = epochs.own_epochs(lines, reached)
     assert found["noisy_val"]["maF1"] == {"epoch": 2, "value": 0.2}
+    assert epochs.published_epoch(reached) == 2, "the third is as good as the second"
+    reached[2]["noisy_val"] = {"ebF1": 0.6, "miF1": 0.69, "maF1": 0.4}
+    assert epochs.published_epoch(reached) == 1
 
 
 def test_six_epochs_and_three_kill_three_give_the_same_bits(tmp_path):
