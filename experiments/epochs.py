@@ -5,9 +5,9 @@
 
 prints the F1s of each checkpoint, and what each F1 would be
 
-* with an epoch of its own, as in the code that the paper extends (LaMP's): that with the
-  best F1, over the thresholds, by the protocol's validation labels.  With `oracle` epoch
-  and threshold are the best on test: more than that no choice could give;
+* with an epoch of its own, as in the code that the paper extends (LaMP's): that with
+  the best F1, over the thresholds, by the protocol's validation labels.  With `oracle`
+  epoch and threshold are the best on test: more than that no choice could give;
 * at the epoch that the paper's own code would keep: the last one at which any of the
   three F1s, over the thresholds, on the noisy validation labels was the best so far.
 
