@@ -26,7 +26,8 @@ from cbmlc_jax import (
 from cbmlc_jax import run as run_lib
 from cbmlc_jax import task as task_lib
 from cbmlc_jax.models import baselines
-from cbmlc_jax.models.baselines.label_prior import LabelPrior
+from cbmlc_jax.models.baselines.logistic_regression import LogisticRegression
+from cbmlc_jax.models.baselines.lr_knn import LRkNN
 
 
 def estimator_config(name: str, **changes):
@@ -89,7 +90,7 @@ def test_an_estimator_is_evaluated_again_and_predicts(searched, tmp_path):
     assert scores.shape == (5, 40) and np.ptp(scores) > 0.1
     # The same numbers as scikit-learn's, from the fit to the checkpoint and back.
     cost = row["selection"]["settings"]["cost"]
-    model = baselines.LogisticRegression(cost)
+    model = LogisticRegression(cost)
     train_rows = run.system.inputs(run.task.train.inputs)
     fresh = model.fit(train_rows, run.task.train.labels)
     np.testing.assert_allclose(
@@ -142,7 +143,7 @@ def test_cross_fitting_an_estimator(tmp_path):
     others = np.setdiff1d(np.arange(len(task.noisy)), held_out)
     history = files.read_jsonl(str(workdir / "folds" / "2" / "metrics.jsonl"))
     best = max(history, key=lambda h: h["selection"]["score"])["settings"]["cost"]
-    model = baselines.LRkNN(best, 25, 0.3)
+    model = LRkNN(best, 25, 0.3)
     size = len(task.dataset.feature_names)
     params = model.fit(
         task.dataset.train.inputs.take(others).matrix(size), task.noisy[others]
@@ -285,7 +286,11 @@ def test_every_model_goes_from_config_to_prediction(name, tmp_path):
 def test_rates_can_be_estimated(useless, tmp_path, capsys, monkeypatch):
     """Nothing of the injector's rates is read; scores of no use are not trusted."""
     if useless:
-        monkeypatch.setattr(run_lib, "LogisticRegression", lambda _: LabelPrior())
+        monkeypatch.setattr(
+            run_lib,
+            "held_out_scores",
+            lambda rows, noisy, seed: np.full(noisy.shape, noisy.mean(0), np.float32),
+        )
     changes = {"model.name": "logistic_regression", "noise.known": False}
     changes |= {"noise.kind": "ncar", "logistic_regression.cost": 1.0}
     config = running.tiny_config(**changes)
@@ -369,12 +374,12 @@ def test_weights_of_rows():
     labels = (rng.random((30, 3)) < 0.4).astype(np.uint8)
     weights = rng.integers(1, 4, 30)
     twice = np.repeat(np.arange(30), weights)
-    model = baselines.LogisticRegression()
+    model = LogisticRegression()
     one = model.fit(rows, labels, weights=weights.astype(np.float32))
     other = model.fit(rows[twice], labels[twice])
     np.testing.assert_allclose(one["weights"], other["weights"], atol=1e-3)
     assert np.abs(model.fit(rows, labels)["weights"] - one["weights"]).max() > 0.05
-    vote = baselines.LRkNN(1.0, 2, 1.0)
+    vote = LRkNN(1.0, 2, 1.0)
     heavy = np.where(np.arange(30) == 1, 1e6, 1.0)
     params = vote.fit(rows, labels, weights=heavy)
     np.testing.assert_allclose(vote.scores(params, rows[[1]])[0], labels[1], atol=1e-4)

@@ -11,7 +11,8 @@ import running
 from cbmlc_jax import files, repair, task
 from cbmlc_jax.data.dataset import DataError
 from cbmlc_jax.issues import Issues
-from cbmlc_jax.models.baselines import LogisticRegression, LRkNN
+from cbmlc_jax.models.baselines.logistic_regression import LogisticRegression
+from cbmlc_jax.models.baselines.lr_knn import LRkNN
 from cbmlc_jax.thresholds import Rates
 
 LINEAR = {
