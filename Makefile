@@ -16,8 +16,7 @@ STAMP = $(VENV)/installed-$(notdir $(PYTHON))
 $(STAMP): setup.py requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit("cbmlc_jax needs Python 3.11, 3.12 or 3.13: make PYTHON=python3.12" if not (3, 11) <= sys.version_info[:2] < (3, 14) else 0)'
 	$(PYTHON) -m venv --clear $(VENV)
-	# Bytecode is made of what is imported: a fifth of ten thousand modules.
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt -e '.[test]'
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -e '.[test]'
 	touch $(STAMP)
 
 demo: $(STAMP)
