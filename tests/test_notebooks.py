@@ -124,6 +124,7 @@ def test_own_data(execute):
     assert best > 0.7 and abs(names["score"]["miF1"] - best) < 0.1
 
 
+@pytest.mark.slow  # the other one runs its cells in the same way
 def test_noise_study(execute):
     names, shown = execute("03_noise_study.ipynb")
     rows = names["found"].rows
