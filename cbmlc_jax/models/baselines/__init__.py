@@ -2,7 +2,7 @@
 
 This registry is of those that are fitted in one call; the neural ones are in
 `models.MODELS`.  Each is imported where it is asked for: scikit-learn and SciPy's
-optimisers take a third of the time that every other command needs to start.
+optimisers take a quarter of the time that every other command needs to import.
 """
 
 from __future__ import annotations
